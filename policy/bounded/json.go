@@ -1,0 +1,490 @@
+package bounded
+
+import (
+	"bytes"
+	"encoding"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+	"unicode/utf8"
+)
+
+// Limits bounds a JSON document. Zero means the default.
+type Limits struct {
+	Bytes  int64 // of the document; default 1 MiB
+	Depth  int   // of nesting; default 32
+	Nodes  int   // values and keys; default 65536
+	String int   // bytes of one string as written; default that of Bytes
+}
+
+func (l Limits) orDefaults() Limits {
+	if l.Bytes == 0 {
+		l.Bytes = 1 << 20
+	}
+	if l.Depth == 0 {
+		l.Depth = 32
+	}
+	if l.Nodes == 0 {
+		l.Nodes = 1 << 16
+	}
+	if l.String == 0 {
+		l.String = int(l.Bytes)
+	}
+	return l
+}
+
+// FieldError says what is wrong and where.
+type FieldError struct {
+	Path   string // such as workloads[0].image; empty for the document itself
+	Line   int    // from 1
+	Column int    // from 1, in bytes
+	Msg    string
+	Err    error // a sentinel of this package, or nil
+}
+
+func (e *FieldError) Error() string {
+	where := fmt.Sprintf("line %d, column %d: ", e.Line, e.Column)
+	if e.Path != "" {
+		where += e.Path + ": "
+	}
+	return where + e.Msg
+}
+
+func (e *FieldError) Unwrap() error { return e.Err }
+
+// DecodeJSON decodes one JSON document into v, which must be a pointer. Field
+// names are compared with case; unknown and duplicate names, trailing data,
+// wrong types, null where v has no pointer, slice, map or interface, invalid
+// UTF-8, lone surrogates and anything over the limits are refused with a
+// *FieldError.
+func DecodeJSON(data []byte, v any, l Limits) error {
+	t := reflect.TypeOf(v)
+	if t == nil || t.Kind() != reflect.Pointer {
+		return fmt.Errorf("bounded: DecodeJSON needs a pointer, not %T", v)
+	}
+	if err := check(data, t.Elem(), l); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return located(data, err)
+	}
+	return nil
+}
+
+// CheckJSON applies the limits and refuses duplicate keys, invalid UTF-8, lone
+// surrogates and trailing data, but knows no fields.
+func CheckJSON(data []byte, l Limits) error { return check(data, nil, l) }
+
+func check(data []byte, t reflect.Type, l Limits) error {
+	l = l.orDefaults()
+	if int64(len(data)) > l.Bytes {
+		return &FieldError{Line: 1, Column: 1, Err: ErrTooLarge,
+			Msg: fmt.Sprintf("%d bytes, at most %d are accepted", len(data), l.Bytes)}
+	}
+	w := &walker{data: data, limits: l, nodes: l.Nodes}
+	if !utf8.Valid(data) {
+		return w.fail(firstInvalid(data), nil, "invalid UTF-8")
+	}
+	if !json.Valid(data) {
+		// json.Valid gives no position; Unmarshal's first pass does.
+		var raw json.RawMessage
+		return located(data, json.Unmarshal(data, &raw))
+	}
+	// From here the syntax is known to be good: the walker only finds borders.
+	return w.value(t, 0)
+}
+
+func firstInvalid(data []byte) int {
+	for i := 0; i < len(data); {
+		r, n := utf8.DecodeRune(data[i:])
+		if r == utf8.RuneError && n == 1 {
+			return i
+		}
+		i += n
+	}
+	return len(data)
+}
+
+// located turns an error of encoding/json into a FieldError.
+func located(data []byte, err error) error {
+	at := func(off int64, path, msg string) error {
+		w := &walker{data: data}
+		e := w.fail(int(off), nil, "%s", msg).(*FieldError)
+		e.Path = path
+		return e
+	}
+	var syn *json.SyntaxError
+	var typ *json.UnmarshalTypeError
+	var field *FieldError
+	switch {
+	case errors.As(err, &field):
+		return err
+	case errors.As(err, &syn):
+		return at(max(syn.Offset-1, 0), "", "not JSON: "+syn.Error())
+	case errors.As(err, &typ):
+		return at(max(typ.Offset-1, 0), typ.Field, fmt.Sprintf("%s does not fit %s", typ.Value, typ.Type))
+	default:
+		return &FieldError{Line: 1, Column: 1, Msg: err.Error()}
+	}
+}
+
+// walker visits a document whose syntax is valid, beside the Go type that it
+// will be decoded into (nil where anything goes).
+type walker struct {
+	data   []byte
+	pos    int
+	limits Limits
+	nodes  int
+	path   []string
+}
+
+func (w *walker) fail(off int, sentinel error, format string, args ...any) error {
+	off = min(off, len(w.data))
+	head := w.data[:off]
+	return &FieldError{
+		Path:   strings.TrimPrefix(strings.Join(w.path, ""), "."),
+		Line:   1 + bytes.Count(head, []byte("\n")),
+		Column: off - bytes.LastIndexByte(head, '\n'),
+		Msg:    fmt.Sprintf(format, args...),
+		Err:    sentinel,
+	}
+}
+
+func (w *walker) space() {
+	for w.pos < len(w.data) {
+		switch w.data[w.pos] {
+		case ' ', '\t', '\r', '\n', ',', ':':
+			w.pos++
+		default:
+			return
+		}
+	}
+}
+
+func (w *walker) count(start int) error {
+	if w.nodes--; w.nodes < 0 {
+		return w.fail(start, ErrTooLarge, "more than %d values", w.limits.Nodes)
+	}
+	return nil
+}
+
+func (w *walker) value(t reflect.Type, depth int) error {
+	w.space()
+	start := w.pos
+	if err := w.count(start); err != nil {
+		return err
+	}
+	if w.data[start] == 'n' {
+		w.pos += len("null")
+		if t != nil && !nullable(t) {
+			return w.fail(start, nil, "null, expected %s", describe(t))
+		}
+		return nil
+	}
+	t = concrete(t)
+	switch w.data[start] {
+	case '{', '[':
+		if depth++; depth > w.limits.Depth {
+			return w.fail(start, ErrDepth, "nested deeper than %d", w.limits.Depth)
+		}
+		if w.data[start] == '{' {
+			return w.object(t, start, depth)
+		}
+		return w.array(t, start, depth)
+	case '"':
+		if _, err := w.str(); err != nil {
+			return err
+		}
+		if t != nil && t.Kind() != reflect.String && !isBytes(t) {
+			return w.fail(start, nil, "a string, expected %s", describe(t))
+		}
+	case 't', 'f':
+		w.pos += len("true")
+		if w.data[start] == 'f' {
+			w.pos++
+		}
+		if t != nil && t.Kind() != reflect.Bool {
+			return w.fail(start, nil, "a boolean, expected %s", describe(t))
+		}
+	default:
+		for w.pos < len(w.data) && strings.IndexByte("+-.eE0123456789", w.data[w.pos]) >= 0 {
+			w.pos++
+		}
+		if t != nil && !isNumber(t) {
+			return w.fail(start, nil, "a number, expected %s", describe(t))
+		}
+		if t != nil {
+			if err := fits(t, string(w.data[start:w.pos])); err != nil {
+				return w.fail(start, nil, "%v", err)
+			}
+		}
+	}
+	return nil
+}
+
+func (w *walker) object(t reflect.Type, start, depth int) error {
+	var fields map[string]reflect.Type
+	var elem reflect.Type
+	if t != nil {
+		switch t.Kind() {
+		case reflect.Struct:
+			fields = fieldsOf(t)
+		case reflect.Map:
+			elem = t.Elem()
+		default:
+			return w.fail(start, nil, "an object, expected %s", describe(t))
+		}
+	}
+	seen := keySet{}
+	w.pos++
+	for {
+		if w.space(); w.data[w.pos] == '}' {
+			w.pos++
+			return nil
+		}
+		keyAt := w.pos
+		if err := w.count(keyAt); err != nil {
+			return err
+		}
+		key, err := w.str()
+		if err != nil {
+			return err
+		}
+		w.path = append(w.path, "."+key)
+		if !seen.add(key) {
+			return w.fail(keyAt, ErrDuplicateKey, "duplicate key")
+		}
+		ft := elem
+		if fields != nil {
+			var ok bool
+			if ft, ok = fields[key]; !ok {
+				return w.fail(keyAt, ErrUnknownField, "unknown field")
+			}
+		}
+		if err := w.value(ft, depth); err != nil {
+			return err
+		}
+		w.path = w.path[:len(w.path)-1]
+	}
+}
+
+func (w *walker) array(t reflect.Type, start, depth int) error {
+	var elem reflect.Type
+	if t != nil {
+		if (t.Kind() != reflect.Slice && t.Kind() != reflect.Array) || isBytes(t) {
+			return w.fail(start, nil, "an array, expected %s", describe(t))
+		}
+		elem = t.Elem()
+	}
+	w.pos++
+	for i := 0; ; i++ {
+		if w.space(); w.data[w.pos] == ']' {
+			w.pos++
+			if t != nil && t.Kind() == reflect.Array && i != t.Len() {
+				return w.fail(start, nil, "an array of %d, expected %d", i, t.Len())
+			}
+			return nil
+		}
+		w.path = append(w.path, "["+strconv.Itoa(i)+"]")
+		if err := w.value(elem, depth); err != nil {
+			return err
+		}
+		w.path = w.path[:len(w.path)-1]
+	}
+}
+
+// str consumes a string and returns it decoded.
+func (w *walker) str() (string, error) {
+	start := w.pos
+	escaped := false
+	for w.pos++; w.data[w.pos] != '"'; w.pos++ {
+		if w.data[w.pos] != '\\' {
+			continue
+		}
+		escaped = true
+		at := w.pos
+		if w.pos++; w.data[w.pos] != 'u' {
+			continue
+		}
+		w.pos += 4
+		if hi := unit(w.data[w.pos-3:]); hi >= 0xD800 && hi < 0xE000 {
+			// A lone surrogate has no UTF-8 form; encoding/json would replace it.
+			rest := w.data[w.pos+1:]
+			if hi >= 0xDC00 || len(rest) < 6 || rest[0] != '\\' || rest[1] != 'u' || unit(rest[2:])&^0x3FF != 0xDC00 {
+				return "", w.fail(at, nil, "lone surrogate in a string")
+			}
+			w.pos += 6
+		}
+	}
+	w.pos++
+	raw := w.data[start:w.pos]
+	if len(raw)-2 > w.limits.String {
+		return "", w.fail(start, ErrTooLarge, "a string of %d bytes, at most %d are accepted", len(raw)-2, w.limits.String)
+	}
+	if !escaped {
+		return string(raw[1 : len(raw)-1]), nil
+	}
+	var s string
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return "", w.fail(start, nil, "%v", err)
+	}
+	return s, nil
+}
+
+func unit(hex []byte) uint64 {
+	n, _ := strconv.ParseUint(string(hex[:4]), 16, 16)
+	return n
+}
+
+// keySet is a set that stays off the heap's map for the usual small object.
+type keySet struct {
+	few  []string
+	many map[string]struct{}
+}
+
+func (s *keySet) add(k string) bool {
+	if s.many == nil {
+		for _, have := range s.few {
+			if have == k {
+				return false
+			}
+		}
+		if s.few = append(s.few, k); len(s.few) > 16 {
+			s.many = make(map[string]struct{}, 64)
+			for _, have := range s.few {
+				s.many[have] = struct{}{}
+			}
+		}
+		return true
+	}
+	if _, dup := s.many[k]; dup {
+		return false
+	}
+	s.many[k] = struct{}{}
+	return true
+}
+
+var (
+	jsonUnmarshaler = reflect.TypeFor[json.Unmarshaler]()
+	textUnmarshaler = reflect.TypeFor[encoding.TextUnmarshaler]()
+	jsonNumber      = reflect.TypeFor[json.Number]()
+)
+
+// concrete strips pointers, and returns nil for types that decode themselves.
+func concrete(t reflect.Type) reflect.Type {
+	for t != nil {
+		if t.Kind() == reflect.Interface || reflect.PointerTo(t).Implements(jsonUnmarshaler) ||
+			reflect.PointerTo(t).Implements(textUnmarshaler) {
+			return nil
+		}
+		if t.Kind() != reflect.Pointer {
+			return t
+		}
+		t = t.Elem()
+	}
+	return nil
+}
+
+func nullable(t reflect.Type) bool {
+	switch t.Kind() {
+	case reflect.Pointer, reflect.Interface, reflect.Map, reflect.Slice:
+		return true
+	}
+	return false
+}
+
+func isBytes(t reflect.Type) bool {
+	return t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Uint8
+}
+
+func isNumber(t reflect.Type) bool {
+	return (t.Kind() >= reflect.Int && t.Kind() <= reflect.Float64) || t == jsonNumber
+}
+
+func fits(t reflect.Type, num string) (err error) {
+	switch k := t.Kind(); {
+	case k >= reflect.Int && k <= reflect.Int64:
+		_, err = strconv.ParseInt(num, 10, t.Bits())
+	case k >= reflect.Uint && k <= reflect.Uint64:
+		_, err = strconv.ParseUint(num, 10, t.Bits())
+	case k == reflect.Float32 || k == reflect.Float64:
+		_, err = strconv.ParseFloat(num, t.Bits())
+	}
+	if err != nil {
+		return fmt.Errorf("%s does not fit %s", clip(num), describe(t))
+	}
+	return nil
+}
+
+func clip(s string) string {
+	if len(s) > 32 {
+		return s[:32] + "…"
+	}
+	return s
+}
+
+// describe names a type for a person.
+func describe(t reflect.Type) string {
+	switch k := t.Kind(); {
+	case isBytes(t):
+		return "a base64 string"
+	case k == reflect.String:
+		return "a string"
+	case k == reflect.Bool:
+		return "a boolean"
+	case k == reflect.Slice, k == reflect.Array:
+		return "an array"
+	case k == reflect.Struct, k == reflect.Map:
+		return "an object"
+	case k >= reflect.Int && k <= reflect.Int64:
+		return fmt.Sprintf("an integer of %d bits", t.Bits())
+	case k >= reflect.Uint && k <= reflect.Uint64:
+		return fmt.Sprintf("an unsigned integer of %d bits", t.Bits())
+	case isNumber(t):
+		return "a number"
+	case k == reflect.Pointer:
+		return describe(t.Elem())
+	}
+	return t.String()
+}
+
+var fieldCache sync.Map // reflect.Type → map[string]reflect.Type
+
+// fieldsOf lists the JSON names of a struct as encoding/json sees them.
+func fieldsOf(t reflect.Type) map[string]reflect.Type {
+	if m, ok := fieldCache.Load(t); ok {
+		return m.(map[string]reflect.Type)
+	}
+	m := map[string]reflect.Type{}
+	for _, f := range reflect.VisibleFields(t) {
+		name, opts, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if name == "-" && opts == "" {
+			continue
+		}
+		if f.Anonymous && name == "" && concrete(f.Type) != nil && concrete(f.Type).Kind() == reflect.Struct {
+			continue // its fields are visible by themselves
+		}
+		if !f.IsExported() {
+			continue
+		}
+		if name == "" {
+			name = f.Name
+		}
+		ft := f.Type
+		if strings.Contains(","+opts+",", ",string,") {
+			ft = reflect.TypeFor[any]()
+		}
+		if len(f.Index) > 1 {
+			if _, shadowed := m[name]; shadowed {
+				continue
+			}
+		}
+		m[name] = ft
+	}
+	fieldCache.Store(t, m)
+	return m
+}
