@@ -1,0 +1,267 @@
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containers/podman/v5/libpod/define"
+	"github.com/containers/podman/v5/pkg/api/handlers"
+	"github.com/containers/podman/v5/pkg/bindings/containers"
+	dockerContainer "github.com/docker/docker/api/types/container"
+
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// Defaults of a health check (see policy.HealthCheck).
+const (
+	defaultInterval = time.Second
+	defaultTimeout  = 5 * time.Second
+	DefaultDeadline = 60 * time.Second // until the first success
+	DefaultRetries  = 3
+	maxBody         = 64 << 10 // of a probe's answer that is read
+	maxLogLines     = 5
+	maxLogBytes     = 512
+)
+
+// WaitHealthy probes the container until the first success and fails with
+// cause.WorkloadUnhealthy at the check's deadline, or as soon as the container
+// exits. Without a check (nil) a container that runs for a second is healthy.
+// onTry (may be nil) hears of every failed probe.
+func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry func(error)) error {
+	check := c.Run.HealthCheck
+	if check == nil {
+		check = &policy.HealthCheck{Interval: policy.Duration(time.Second), Deadline: policy.Duration(10 * time.Second)}
+	}
+	deadline := check.Deadline.Or(DefaultDeadline)
+	ctx, cancel := context.WithTimeout(ctx, deadline)
+	defer cancel()
+	var last error
+	for first := true; ; first = false {
+		if !first || c.Run.HealthCheck == nil {
+			select {
+			case <-ctx.Done():
+				if errors.Is(ctx.Err(), context.Canceled) {
+					return cause.New(cause.Cancelled, "waiting for %s to become healthy: %w", c.Workload, ctx.Err())
+				}
+				return cause.New(cause.WorkloadUnhealthy, "%s did not become healthy within %s: %v", c.Workload, deadline, last)
+			case <-time.After(check.Interval.Or(defaultInterval)):
+			}
+		}
+		err := p.Probe(ctx, id, c)
+		if err == nil {
+			return nil
+		}
+		var ended *endedError
+		if errors.As(err, &ended) {
+			return cause.New(cause.WorkloadUnhealthy, "%s %s", c.Workload, p.withLog(ctx, id, c, ended.Error()))
+		}
+		if code := cause.Of(err); code == cause.PodmanUnavailable && ctx.Err() == nil {
+			return err
+		}
+		last = err
+		if onTry != nil {
+			onTry(err)
+		}
+	}
+}
+
+// endedError says that the container is no longer running.
+type endedError struct{ code int32 }
+
+func (e *endedError) Error() string { return fmt.Sprintf("exited with status %d", e.code) }
+
+// Probe runs the check once, bounded by its timeout. A container that does not
+// run fails whatever the check says.
+func (p *Podman) Probe(ctx context.Context, id string, c Container) error {
+	data, err := containers.Inspect(p.with(ctx), id, nil)
+	if err != nil {
+		return failed(cause.WorkloadUnhealthy, "inspect container "+c.Name(), err)
+	}
+	if data.State == nil || !data.State.Running {
+		// Podman's restart policy brings it back; until then it is only unhealthy.
+		if c.Run.Restart == "always" || (c.Run.Restart == "on-failure" && data.State != nil && data.State.ExitCode != 0) {
+			return fmt.Errorf("not running, waiting for its restart")
+		}
+		ended := &endedError{}
+		if data.State != nil {
+			ended.code = data.State.ExitCode
+		}
+		return ended
+	}
+	check := c.Run.HealthCheck
+	if check == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, check.Timeout.Or(defaultTimeout))
+	defer cancel()
+	switch {
+	case len(check.Exec) > 0:
+		return p.probeExec(ctx, id, check.Exec)
+	case check.HTTP != nil:
+		addr, err := address(data, c.Run.Ports, check.HTTP.Port)
+		if err != nil {
+			return err
+		}
+		return probeHTTP(ctx, addr, check.HTTP.Path)
+	case check.TCP != nil:
+		addr, err := address(data, c.Run.Ports, check.TCP.Port)
+		if err != nil {
+			return err
+		}
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	}
+	return nil
+}
+
+func (p *Podman) probeExec(ctx context.Context, id string, argv []string) error {
+	config := &handlers.ExecCreateConfig{ExecOptions: dockerContainer.ExecOptions{Cmd: argv}}
+	session, err := containers.ExecCreate(p.with(ctx), id, config)
+	if err != nil {
+		return failed(cause.WorkloadUnhealthy, "create health check", err)
+	}
+	defer func() {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		_ = containers.ExecRemove(p.with(undo), session, new(containers.ExecRemoveOptions).WithForce(true))
+	}()
+	if err := containers.ExecStart(p.with(ctx), session, nil); err != nil {
+		return failed(cause.WorkloadUnhealthy, "run health check "+quoted(argv), err)
+	}
+	for {
+		state, err := containers.ExecInspect(p.with(ctx), session, nil)
+		if err != nil {
+			return failed(cause.WorkloadUnhealthy, "inspect health check", err)
+		}
+		if !state.Running {
+			if state.ExitCode != 0 {
+				return fmt.Errorf("health check %s exited with status %d", quoted(argv), state.ExitCode)
+			}
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("health check %s: %w", quoted(argv), ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// probeClient follows no redirect and no proxy: the answer of the container's
+// own port counts.
+var probeClient = &http.Client{
+	Transport:     &http.Transport{Proxy: nil, DisableKeepAlives: true, MaxResponseHeaderBytes: maxBody},
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+func probeHTTP(ctx context.Context, addr, path string) error {
+	if path == "" {
+		path = "/"
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := probeClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, _ = io.CopyN(io.Discard, resp.Body, maxBody)
+	if resp.StatusCode < 200 || resp.StatusCode > 399 {
+		return fmt.Errorf("GET %s answered %s, expected 200–399", path, resp.Status)
+	}
+	return nil
+}
+
+// address finds where the agent reaches a container's TCP port: on the
+// container's own address, else on a published port, else, where podman's
+// configured network is the guest's own, on loopback.
+func address(data *define.InspectContainerData, ports []policy.Port, port uint16) (string, error) {
+	join := func(ip string, p uint16) string { return net.JoinHostPort(ip, strconv.Itoa(int(p))) }
+	mode := ""
+	if data.HostConfig != nil {
+		mode = data.HostConfig.NetworkMode
+	}
+	switch {
+	case mode == "host":
+		return join("127.0.0.1", port), nil
+	case mode == "none":
+		return "", fmt.Errorf("port %d cannot be probed: the container has no network", port)
+	}
+	if n := data.NetworkSettings; n != nil {
+		if n.IPAddress != "" {
+			return join(n.IPAddress, port), nil
+		}
+		for _, network := range n.Networks {
+			if network.IPAddress != "" {
+				return join(network.IPAddress, port), nil
+			}
+		}
+	}
+	for _, p := range ports {
+		if p.Container == port && (p.Protocol == "" || p.Protocol == "tcp") {
+			m := portMapping(p)
+			if m.HostIP == "" || m.HostIP == "0.0.0.0" || m.HostIP == "::" {
+				m.HostIP = "127.0.0.1"
+			}
+			return join(m.HostIP, m.HostPort), nil
+		}
+	}
+	return "", fmt.Errorf("port %d cannot be probed: the container has no address and does not publish it", port)
+}
+
+// withLog adds the container's last log lines, where the policy lets logs out.
+func (p *Podman) withLog(ctx context.Context, id string, c Container, text string) string {
+	if c.LogRule == "none" {
+		return text
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	lines := make(chan string, 64)
+	done := make(chan struct{})
+	var tail []string
+	go func() {
+		defer close(done)
+		for line := range lines {
+			if tail = append(tail, line); len(tail) > maxLogLines {
+				tail = tail[1:]
+			}
+		}
+	}()
+	opts := new(containers.LogOptions).WithTail(strconv.Itoa(maxLogLines)).WithStdout(true).WithStderr(true)
+	err := containers.Logs(p.with(ctx), id, opts, lines, lines)
+	close(lines)
+	<-done
+	if err != nil || len(tail) == 0 {
+		return text
+	}
+	log := printable(strings.Join(tail, " | "))
+	return text + "; its last lines: " + log
+}
+
+// printable bounds hostile text to one line without control characters.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	s = strings.Join(strings.Fields(s), " ")
+	if len(s) > maxLogBytes {
+		s = strings.ToValidUTF8(s[:maxLogBytes], "") + "…"
+	}
+	return s
+}
