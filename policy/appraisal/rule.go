@@ -1,0 +1,158 @@
+package appraisal
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// RuleAPIVersion is the only rule document version that this package reads.
+const RuleAPIVersion = "cvm-agent.release-rule/v1"
+
+// MaxRuleSize bounds a rule document, in bytes.
+const MaxRuleSize = 256 << 10
+
+// Rule says to whom one resource is released. Every condition that is set
+// must hold; a condition that the evidence cannot show does not hold. There is
+// no rule by prefix or wildcard, and a resource without a rule is never
+// released.
+type Rule struct {
+	APIVersion string   `json:"apiVersion" jsonschema:"const=cvm-agent.release-rule/v1"`
+	Platforms  []string `json:"platforms"`         // KBS TEE names, at least one
+	EKRoots    []string `json:"ekRoots,omitempty"` // names of configured root sets; empty: any of them. "tpm" only
+	// Policy names the launch policies. Exactly one of Policy and AnyPolicy is
+	// set: forgetting the policy is not a way to allow every policy.
+	Policy    *PolicyRule `json:"policy,omitempty"`
+	AnyPolicy bool        `json:"anyPolicy,omitempty"`
+	// Images are manifest digests (sha256:…): one of them must be in the
+	// running or the staged set of the event log. Needs Policy.
+	Images []string `json:"images,omitempty"`
+	// PCRs pins SHA-256 PCRs by index ("0" to "23"): each value must be one of
+	// those listed, 64 lowercase hex digits.
+	PCRs map[string][]string `json:"pcrs,omitempty"`
+}
+
+// PolicyRule says which launch policies may have the resource.
+type PolicyRule struct {
+	Names          []string `json:"names"`               // at least one
+	Signers        []string `json:"signers"`             // SHA-256 of SPKI, lowercase hex; at least one
+	Threshold      int      `json:"threshold,omitempty"` // distinct signers needed; default 1
+	MinimumVersion uint64   `json:"minimumVersion,omitempty"`
+}
+
+// DecodeRule reads a rule document, YAML or JSON, strictly.
+func DecodeRule(data []byte) (*Rule, error) {
+	var r Rule
+	if err := DecodeYAML(data, &r, MaxRuleSize); err != nil {
+		return nil, cause.New(cause.Config, "release rule: %w", err)
+	}
+	if err := r.Validate(); err != nil {
+		return nil, cause.New(cause.Config, "release rule: %w", err)
+	}
+	return &r, nil
+}
+
+// DecodeRuleJSON reads the JSON form alone, as it is stored and sent.
+func DecodeRuleJSON(data []byte) (*Rule, error) {
+	var r Rule
+	if err := bounded.DecodeJSON(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 8}); err != nil {
+		return nil, cause.New(cause.Config, "release rule: %w", err)
+	}
+	if err := r.Validate(); err != nil {
+		return nil, cause.New(cause.Config, "release rule: %w", err)
+	}
+	return &r, nil
+}
+
+// Encode writes the JSON form.
+func (r Rule) Encode() ([]byte, error) {
+	if err := r.Validate(); err != nil {
+		return nil, cause.New(cause.Config, "release rule: %w", err)
+	}
+	return json.Marshal(r)
+}
+
+// Validate checks what the types cannot say.
+func (r Rule) Validate() error {
+	if r.APIVersion != RuleAPIVersion {
+		return fmt.Errorf("apiVersion is %q, expected %q", r.APIVersion, RuleAPIVersion)
+	}
+	if len(r.Platforms) == 0 {
+		return fmt.Errorf("platforms is empty: name at least one")
+	}
+	known := []string{"snp", "tdx", "az-snp-vtpm", "az-tdx-vtpm", "tpm"}
+	for _, p := range r.Platforms {
+		if !slices.Contains(known, p) {
+			return fmt.Errorf("platforms: %q is none of %s", p, strings.Join(known, ", "))
+		}
+	}
+	if (r.Policy != nil) == r.AnyPolicy {
+		return fmt.Errorf("set exactly one of policy and anyPolicy: true")
+	}
+	if p := r.Policy; p != nil {
+		if err := p.validate(); err != nil {
+			return fmt.Errorf("policy: %w", err)
+		}
+	}
+	if len(r.Images) > 0 && r.Policy == nil {
+		return fmt.Errorf("images needs policy: without trusted signers an image list proves nothing")
+	}
+	for _, d := range r.Images {
+		if h, ok := strings.CutPrefix(d, "sha256:"); !ok || !isHex(h, 32) {
+			return fmt.Errorf("images: %q is not sha256: and 64 lowercase hex digits", d)
+		}
+	}
+	for i, values := range r.PCRs {
+		n, err := strconv.Atoi(i)
+		if err != nil || n < 0 || n > 23 || strconv.Itoa(n) != i {
+			return fmt.Errorf("pcrs: %q is not an index of 0 to 23", i)
+		}
+		if len(values) == 0 {
+			return fmt.Errorf("pcrs: %s has no allowed value", i)
+		}
+		for _, v := range values {
+			if !isHex(v, 32) {
+				return fmt.Errorf("pcrs: %s: %q is not 64 lowercase hex digits", i, v)
+			}
+		}
+	}
+	return nil
+}
+
+func (p PolicyRule) validate() error {
+	if len(p.Names) == 0 || slices.Contains(p.Names, "") {
+		return fmt.Errorf("names is empty or has an empty name")
+	}
+	if len(p.Signers) == 0 {
+		return fmt.Errorf("signers is empty: name at least one")
+	}
+	for _, s := range p.Signers {
+		if !isHex(s, 32) {
+			return fmt.Errorf("signers: %q is not 64 lowercase hex digits", s)
+		}
+	}
+	distinct := slices.Compact(slices.Sorted(slices.Values(p.Signers)))
+	if p.Threshold < 0 || p.threshold() > len(distinct) {
+		return fmt.Errorf("threshold %d, expected 1 to %d", p.Threshold, len(distinct))
+	}
+	return nil
+}
+
+func (p PolicyRule) threshold() int {
+	if p.Threshold == 0 {
+		return 1
+	}
+	return p.Threshold
+}
+
+// isHex says whether s is n bytes in lowercase hex.
+func isHex(s string, n int) bool {
+	b, err := hex.DecodeString(s)
+	return err == nil && len(b) == n && strings.ToLower(s) == s
+}

@@ -1,0 +1,86 @@
+package appraisal
+
+import (
+	"strings"
+	"testing"
+)
+
+const goodRule = `apiVersion: cvm-agent.release-rule/v1
+platforms: [tpm]
+ekRoots: [demo]
+policy:
+  names: [shop]
+  signers: [aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa]
+  minimumVersion: 2
+images:
+  - sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb
+pcrs:
+  "9": ["cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"]
+  12: ["0000000000000000000000000000000000000000000000000000000000000000"]
+`
+
+func TestDecodeRule(t *testing.T) {
+	r, err := DecodeRule([]byte(goodRule))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Policy.MinimumVersion != 2 || len(r.PCRs) != 2 || r.PCRs["12"][0] != strings.Repeat("0", 64) {
+		t.Fatalf("%+v", r)
+	}
+	b, err := r.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := DecodeRuleJSON(b); err != nil {
+		t.Fatal(err)
+	}
+	replace := func(old, new string) string {
+		if !strings.Contains(goodRule, old) {
+			t.Fatalf("no %q in the rule", old)
+		}
+		return strings.Replace(goodRule, old, new, 1)
+	}
+	for what, in := range map[string]string{
+		"an unknown field":             goodRule + "anything: 1\n",
+		"a duplicate key":              goodRule + "platforms: [snp]\n",
+		"an alias":                     replace("[tpm]", "&a [tpm]") + "ekroots: *a\n",
+		"a tag":                        replace("[tpm]", "!!set [tpm]"),
+		"two documents":                goodRule + "---\n" + goodRule,
+		"the sample platform":          replace("[tpm]", "[sample]"),
+		"no platform":                  replace("[tpm]", "[]"),
+		"another API version":          replace("rule/v1", "rule/v2"),
+		"no signers":                   replace("signers: [aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa]", "signers: []"),
+		"a signer in capitals":         replace("[aaaa", "[AAAA"),
+		"a threshold over the signers": replace("  minimumVersion", "  threshold: 2\n  minimumVersion"),
+		"an image by tag":              replace("sha256:bbbb", "repo:latest"),
+		"policy and anyPolicy":         goodRule + "anyPolicy: true\n",
+		"PCR 24":                       replace(`"9"`, `"24"`),
+		"PCR 09":                       replace(`"9"`, `"09"`),
+		"a PCR without values":         replace(`["cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"]`, "[]"),
+		"a negative version":           replace("minimumVersion: 2", "minimumVersion: -1"),
+		"neither policy nor anyPolicy": "apiVersion: cvm-agent.release-rule/v1\nplatforms: [tpm]\n",
+		"nothing":                      "",
+	} {
+		if _, err := DecodeRule([]byte(in)); err == nil {
+			t.Errorf("%s was accepted", what)
+		}
+	}
+}
+
+func FuzzRule(f *testing.F) {
+	f.Add([]byte(goodRule))
+	f.Add([]byte(`{"apiVersion":"cvm-agent.release-rule/v1","platforms":["tpm"],"anyPolicy":true}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := DecodeRule(b)
+		if err != nil {
+			return
+		}
+		out, err := r.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := DecodeRuleJSON(out); err != nil {
+			t.Fatalf("%s: %v", out, err)
+		}
+	})
+}
