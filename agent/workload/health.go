@@ -66,7 +66,10 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 		if code := cause.Of(err); code == cause.PodmanUnavailable && ctx.Err() == nil {
 			return err
 		}
-		last = err
+		// Our own deadline says less than the probe before it.
+		if last == nil || ctx.Err() == nil {
+			last = err
+		}
 		if onTry != nil {
 			onTry(err)
 		}
@@ -125,37 +128,46 @@ func (p *Podman) Probe(ctx context.Context, id string, c Container) error {
 	return nil
 }
 
+// probeExec runs argv in the container and waits for its exit status. The
+// session is attached, since podman learns the status of a detached one only
+// through a helper program that the service's own configuration may not reach;
+// and it has a connection to itself, since the bindings change the client's
+// transport when they attach.
 func (p *Podman) probeExec(ctx context.Context, id string, argv []string) error {
-	config := &handlers.ExecCreateConfig{ExecOptions: dockerContainer.ExecOptions{Cmd: argv}}
+	own, err := dial(ctx, p.socket)
+	if err != nil {
+		return failed(cause.WorkloadUnhealthy, "connect for a health check", err)
+	}
+	config := &handlers.ExecCreateConfig{ExecOptions: dockerContainer.ExecOptions{Cmd: argv, AttachStdout: true, AttachStderr: true}}
 	session, err := containers.ExecCreate(p.with(ctx), id, config)
 	if err != nil {
 		return failed(cause.WorkloadUnhealthy, "create health check", err)
 	}
-	defer func() {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		_ = containers.ExecRemove(p.with(undo), session, new(containers.ExecRemoveOptions).WithForce(true))
+	ended := make(chan error, 1)
+	go func() {
+		opts := new(containers.ExecStartAndAttachOptions).WithAttachOutput(true).WithOutputStream(io.Discard).
+			WithAttachError(true).WithErrorStream(io.Discard)
+		ended <- containers.ExecStartAndAttach(own.with(ctx), session, opts)
 	}()
-	if err := containers.ExecStart(p.with(ctx), session, nil); err != nil {
-		return failed(cause.WorkloadUnhealthy, "run health check "+quoted(argv), err)
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
+		err = ctx.Err()
 	}
-	for {
-		state, err := containers.ExecInspect(p.with(ctx), session, nil)
-		if err != nil {
-			return failed(cause.WorkloadUnhealthy, "inspect health check", err)
-		}
-		if !state.Running {
-			if state.ExitCode != 0 {
-				return fmt.Errorf("health check %s exited with status %d", quoted(argv), state.ExitCode)
-			}
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("health check %s: %w", quoted(argv), ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	defer func() { _ = containers.ExecRemove(p.with(undo), session, new(containers.ExecRemoveOptions).WithForce(true)) }()
+	if err != nil {
+		return fmt.Errorf("health check %s: %s", quoted(argv), oneLine(err))
 	}
+	state, err := containers.ExecInspect(p.with(undo), session, nil)
+	if err != nil {
+		return failed(cause.WorkloadUnhealthy, "inspect health check", err)
+	}
+	if state.ExitCode != 0 {
+		return fmt.Errorf("health check %s exited with status %d", quoted(argv), state.ExitCode)
+	}
+	return nil
 }
 
 // probeClient follows no redirect and no proxy: the answer of the container's

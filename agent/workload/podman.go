@@ -40,6 +40,7 @@ const (
 
 // Podman is a connection to podman's service. It is safe for concurrent use.
 type Podman struct {
+	socket string
 	values context.Context // holds the connection, as the bindings want it
 }
 
@@ -52,10 +53,9 @@ func Connect(ctx context.Context, socket string, onWait func(err error, next tim
 	b.InitialInterval = 200 * time.Millisecond
 	b.MaxInterval = 5 * time.Second
 	for {
-		// The values must outlive ctx: the connection is used for the daemon's life.
-		values, err := bindings.NewConnectionWithOptions(context.WithoutCancel(ctx), bindings.Options{URI: "unix://" + socket})
+		p, err := dial(ctx, socket)
 		if err == nil {
-			return &Podman{values: values}, nil
+			return p, nil
 		}
 		next := b.NextBackOff()
 		if onWait != nil {
@@ -67,6 +67,16 @@ func Connect(ctx context.Context, socket string, onWait func(err error, next tim
 		case <-time.After(next):
 		}
 	}
+}
+
+// dial connects once. The values must outlive ctx: the connection is used for
+// the daemon's life.
+func dial(ctx context.Context, socket string) (*Podman, error) {
+	values, err := bindings.NewConnectionWithOptions(context.WithoutCancel(ctx), bindings.Options{URI: "unix://" + socket})
+	if err != nil {
+		return nil, err
+	}
+	return &Podman{socket: socket, values: values}, nil
 }
 
 // joined takes deadline and cancellation from one context and the bindings'
