@@ -87,6 +87,7 @@ const (
 	RollbackFailed    Code = "rollback-failed"
 	DestroyFailed     Code = "destroy-incomplete"
 	DeadlineExceeded  Code = "deadline-exceeded"
+	AgentUnavailable  Code = "agent-unavailable"
 
 	// publishing
 	PublishFailed      Code = "publish-failed"
@@ -180,6 +181,7 @@ var Table = []Row{
 	{RollbackFailed, ExitWorkload, "the upgrade failed and the last good version could not be restored"},
 	{DestroyFailed, ExitStorage, "destroy could not remove everything; what remains is named"},
 	{DeadlineExceeded, ExitUnavailable, "a phase did not finish before its deadline"},
+	{AgentUnavailable, ExitUnavailable, "the agent's control socket does not answer"},
 
 	{PublishFailed, ExitInternal, "an image could not be built, encrypted, signed or pushed"},
 	{PublishCheckFailed, ExitRefused, "what was pushed is not what was asked for"},
