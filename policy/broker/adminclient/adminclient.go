@@ -16,7 +16,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
@@ -31,11 +31,11 @@ const (
 	PathMark      = "/admin/v0/mark/"     // GET, PUT; followed by the policy's name
 )
 
-// Rule is a release rule, see the appraisal package.
-type Rule = appraisal.Rule
+// Rule is a release rule, see the release package.
+type Rule = release.Rule
 
 // PolicyRule is the part of a rule that names launch policies.
-type PolicyRule = appraisal.PolicyRule
+type PolicyRule = release.PolicyRule
 
 // Mark is what the broker says, signed, about a policy name: the lowest
 // version that may run and the current signers. A mark never goes down.

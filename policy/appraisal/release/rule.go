@@ -1,4 +1,6 @@
-package appraisal
+// Package release holds release rules: to whom a resource may be given. It
+// decodes them strictly; the appraisal package judges by them.
+package release
 
 import (
 	"encoding/hex"
@@ -138,13 +140,14 @@ func (p PolicyRule) validate() error {
 		}
 	}
 	distinct := slices.Compact(slices.Sorted(slices.Values(p.Signers)))
-	if p.Threshold < 0 || p.threshold() > len(distinct) {
+	if p.Threshold < 0 || p.Need() > len(distinct) {
 		return fmt.Errorf("threshold %d, expected 1 to %d", p.Threshold, len(distinct))
 	}
 	return nil
 }
 
-func (p PolicyRule) threshold() int {
+// Need is the number of distinct signers that must have signed.
+func (p PolicyRule) Need() int {
 	if p.Threshold == 0 {
 		return 1
 	}

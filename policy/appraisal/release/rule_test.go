@@ -1,4 +1,4 @@
-package appraisal
+package release
 
 import (
 	"strings"
