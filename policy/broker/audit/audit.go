@@ -1,0 +1,180 @@
+// Package audit is the key broker's audit log: NDJSON, append-only, each line
+// chained to the one before by SHA-256.
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// Record is one line of the audit log. It names what was decided and why, and
+// never holds a secret, a token, a cookie or a resource.
+type Record struct {
+	Seq      uint64 `json:"seq"`
+	Time     string `json:"time"` // RFC 3339, UTC, milliseconds
+	Prev     string `json:"prev"` // SHA-256 of the line before, lowercase hex; 64 zeros in the first
+	Op       string `json:"op"`   // auth, attest, release, admin.<what>, start, stop, recovered
+	Peer     string `json:"peer,omitempty"`
+	Session  string `json:"session,omitempty"` // first 16 hex digits of the cookie's SHA-256
+	TEE      string `json:"tee,omitempty"`
+	Dialect  string `json:"dialect,omitempty"`
+	Identity string `json:"identity,omitempty"`
+	Instance string `json:"instance,omitempty"`
+	Resource string `json:"resource,omitempty"`
+	Policy   string `json:"policy,omitempty"` // name and version that the evidence proves
+	Outcome  string `json:"outcome"`          // ok or refused
+	Verdict  string `json:"verdict,omitempty"`
+	Reason   string `json:"reason,omitempty"`
+}
+
+// maxRecord bounds one line, in bytes.
+const maxRecord = 64 << 10
+
+var firstPrev = strings.Repeat("0", 64)
+
+// Log is the broker's append-only, hash-chained NDJSON log. Cutting records
+// off its end leaves a chain that is whole: compare the head that
+// `cvmctl broker audit verify` prints with one that was kept elsewhere.
+type Log struct {
+	mu   sync.Mutex
+	file *os.File
+	seq  uint64
+	head string
+	now  func() time.Time
+	err  error // a failed write leaves an unknown tail: nothing is written after it
+}
+
+// Head is the end of a chain.
+type Head struct {
+	Records uint64 `json:"records"`
+	Hash    string `json:"hash"` // SHA-256 of the last line
+}
+
+// Open opens or creates the log, mode 0600, after verifying the whole
+// chain. A last line that a crash left without its newline is cut off, and a
+// record says so.
+func Open(path string, now func() time.Time) (*Log, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, cause.New(cause.StorageFailed, "audit log: %w", err)
+	}
+	a := &Log{file: f, now: now}
+	head, whole, torn, err := verifyChain(f)
+	if err == nil && torn {
+		err = f.Truncate(whole)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, cause.New(cause.StorageFailed, "audit log %s: %w", path, err)
+	}
+	a.seq, a.head = head.Records, head.Hash
+	if torn {
+		if err := a.Write(Record{Op: "recovered", Outcome: "ok", Reason: "an incomplete last line was cut off"}); err != nil {
+			_ = f.Close()
+			return nil, err
+		}
+	}
+	return a, nil
+}
+
+// Write appends a record and waits until it is on disk.
+func (a *Log) Write(r Record) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil {
+		return a.err
+	}
+	r.Seq, r.Prev = a.seq+1, a.head
+	r.Time = a.now().UTC().Format("2006-01-02T15:04:05.000Z07:00")
+	if len(r.Reason) > 8<<10 {
+		r.Reason = strings.ToValidUTF8(r.Reason[:8<<10], "") + "…"
+	}
+	line, err := json.Marshal(r)
+	if err != nil {
+		return cause.Wrap(cause.Internal, err)
+	}
+	if len(line) >= maxRecord {
+		return cause.New(cause.Internal, "an audit record has %d bytes", len(line))
+	}
+	_, err = a.file.Write(append(line, '\n'))
+	if err == nil {
+		err = a.file.Sync()
+	}
+	if err != nil {
+		a.err = cause.New(cause.StorageFailed, "audit log: %w", err)
+		return a.err
+	}
+	a.seq, a.head = r.Seq, lineHash(line)
+	return nil
+}
+
+// Close closes the file.
+func (a *Log) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err == nil {
+		a.err = cause.New(cause.StorageFailed, "audit log: closed")
+	}
+	return a.file.Close()
+}
+
+// Verify reads a whole log and returns its head. A broken chain, a gap or
+// an incomplete last line is an error that names the line.
+func Verify(r io.Reader) (Head, error) {
+	head, _, torn, err := verifyChain(r)
+	if err == nil && torn {
+		err = fmt.Errorf("line %d is incomplete", head.Records+1)
+	}
+	if err != nil {
+		return Head{}, cause.New(cause.Config, "audit log: %w", err)
+	}
+	return head, nil
+}
+
+// verifyChain returns the head, the length of all whole lines in bytes, and
+// whether something without a newline follows.
+func verifyChain(r io.Reader) (head Head, whole int64, torn bool, err error) {
+	head.Hash = firstPrev
+	in := bufio.NewReaderSize(r, maxRecord)
+	for {
+		line, err := in.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			return head, whole, len(line) > 0, nil
+		}
+		at := head.Records + 1
+		if errors.Is(err, bufio.ErrBufferFull) {
+			return head, whole, false, fmt.Errorf("line %d has more than %d bytes", at, maxRecord)
+		}
+		if err != nil {
+			return head, whole, false, err
+		}
+		whole += int64(len(line))
+		line = bytes.TrimSuffix(line, []byte("\n"))
+		var rec Record
+		if err := bounded.DecodeJSON(line, &rec, bounded.Limits{Bytes: maxRecord, Depth: 2}); err != nil {
+			return head, whole, false, fmt.Errorf("line %d: %w", at, err)
+		}
+		if rec.Seq != at || rec.Prev != head.Hash {
+			return head, whole, false, fmt.Errorf("line %d does not follow the line before: sequence %d, expected %d; previous hash %.16s…, expected %.16s…", at, rec.Seq, at, rec.Prev, head.Hash)
+		}
+		head = Head{Records: at, Hash: lineHash(line)}
+	}
+}
+
+func lineHash(line []byte) string {
+	d := sha256.Sum256(line)
+	return hex.EncodeToString(d[:])
+}
