@@ -45,6 +45,7 @@ const (
 	// registry and image
 	RegistryUnavailable Code = "registry-unavailable"
 	RegistryRedirect    Code = "registry-redirect-refused"
+	RegistryTLS         Code = "registry-tls-untrusted"
 	ImageNotFound       Code = "image-not-found"
 	ManifestMismatch    Code = "manifest-digest-mismatch"
 	ManifestMalformed   Code = "manifest-malformed"
@@ -142,6 +143,7 @@ var Table = []Row{
 
 	{RegistryUnavailable, ExitUnavailable, "the registry did not answer before the deadline"},
 	{RegistryRedirect, ExitRefused, "the registry redirected to a host that the policy does not name"},
+	{RegistryTLS, ExitRefused, "the registry's certificate does not chain to the policy's roots"},
 	{ImageNotFound, ExitRefused, "the registry does not have the image"},
 	{ManifestMismatch, ExitRefused, "the manifest does not have the digest that the policy names"},
 	{ManifestMalformed, ExitMalformed, "the manifest or image configuration cannot be decoded or exceeds its limits"},
