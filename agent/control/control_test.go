@@ -206,13 +206,13 @@ func TestRefusals(t *testing.T) {
 		body         io.Reader
 		status       int
 	}{
-		"an unknown path":             {"GET", "/v1/other", nil, 404},
-		"a wrong method":              {"GET", "/v1/upgrade", nil, 405},
-		"an unknown parameter":        {"GET", "/v1/events?tail=1", nil, 400},
-		"a bad parameter":             {"GET", "/v1/events?follow=yes", nil, 400},
-		"an empty upgrade":            {"POST", "/v1/upgrade", nil, 400},
-		"a body too large, chunked":   {"POST", "/v1/upgrade", struct{ io.Reader }{bytes.NewReader(make([]byte, MaxOrder+1))}, 413},
-		"a destroy with a body":       {"POST", "/v1/destroy", strings.NewReader("{}"), 400},
+		"an unknown path":           {"GET", "/v1/other", nil, 404},
+		"a wrong method":            {"GET", "/v1/upgrade", nil, 405},
+		"an unknown parameter":      {"GET", "/v1/events?tail=1", nil, 400},
+		"a bad parameter":           {"GET", "/v1/events?follow=yes", nil, 400},
+		"an empty upgrade":          {"POST", "/v1/upgrade", nil, 400},
+		"a body too large, chunked": {"POST", "/v1/upgrade", struct{ io.Reader }{bytes.NewReader(make([]byte, MaxOrder+1))}, 413},
+		"a destroy with a body":     {"POST", "/v1/destroy", strings.NewReader("{}"), 400},
 	} {
 		t.Run(name, func(t *testing.T) {
 			req, err := http.NewRequest(tc.method, "http://x"+tc.path, tc.body)

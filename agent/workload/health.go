@@ -156,7 +156,9 @@ func (p *Podman) probeExec(ctx context.Context, id string, argv []string) error 
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
-	defer func() { _ = containers.ExecRemove(p.with(undo), session, new(containers.ExecRemoveOptions).WithForce(true)) }()
+	defer func() {
+		_ = containers.ExecRemove(p.with(undo), session, new(containers.ExecRemoveOptions).WithForce(true))
+	}()
 	if err != nil {
 		return fmt.Errorf("health check %s: %s", quoted(argv), oneLine(err))
 	}

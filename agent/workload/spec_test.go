@@ -60,13 +60,15 @@ func TestLesson17_OtherImageRefused(t *testing.T) {
 		change func(*define.InspectContainerData)
 		code   cause.Code
 	}{
-		"another image":                  {func(d *define.InspectContainerData) { d.Image = strings.Repeat("b", 64) }, cause.WorkloadOtherImage},
-		"a privileged container":         {func(d *define.InspectContainerData) { d.HostConfig.Privileged = true }, cause.WorkloadStart},
-		"a writable root":                {func(d *define.InspectContainerData) { d.HostConfig.ReadonlyRootfs = false }, cause.WorkloadStart},
-		"the host's PID namespace":       {func(d *define.InspectContainerData) { d.HostConfig.PidMode = "host" }, cause.WorkloadStart},
-		"the host's IPC namespace":       {func(d *define.InspectContainerData) { d.HostConfig.IpcMode = "host" }, cause.WorkloadStart},
-		"new privileges":                 {func(d *define.InspectContainerData) { d.HostConfig.SecurityOpt = nil }, cause.WorkloadStart},
-		"no seccomp":                     {func(d *define.InspectContainerData) { d.HostConfig.SecurityOpt = append(d.HostConfig.SecurityOpt, "seccomp=unconfined") }, cause.WorkloadStart},
+		"another image":            {func(d *define.InspectContainerData) { d.Image = strings.Repeat("b", 64) }, cause.WorkloadOtherImage},
+		"a privileged container":   {func(d *define.InspectContainerData) { d.HostConfig.Privileged = true }, cause.WorkloadStart},
+		"a writable root":          {func(d *define.InspectContainerData) { d.HostConfig.ReadonlyRootfs = false }, cause.WorkloadStart},
+		"the host's PID namespace": {func(d *define.InspectContainerData) { d.HostConfig.PidMode = "host" }, cause.WorkloadStart},
+		"the host's IPC namespace": {func(d *define.InspectContainerData) { d.HostConfig.IpcMode = "host" }, cause.WorkloadStart},
+		"new privileges":           {func(d *define.InspectContainerData) { d.HostConfig.SecurityOpt = nil }, cause.WorkloadStart},
+		"no seccomp": {func(d *define.InspectContainerData) {
+			d.HostConfig.SecurityOpt = append(d.HostConfig.SecurityOpt, "seccomp=unconfined")
+		}, cause.WorkloadStart},
 		"a capability that is not asked": {func(d *define.InspectContainerData) { d.BoundingCaps = []string{"CAP_SYS_ADMIN"} }, cause.WorkloadStart},
 		"no answer about isolation":      {func(d *define.InspectContainerData) { d.HostConfig = nil }, cause.WorkloadStart},
 	} {

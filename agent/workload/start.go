@@ -122,3 +122,15 @@ func checkInspected(c Container, data *define.InspectContainerData) error {
 	}
 	return nil
 }
+
+// Resume starts a stopped container again, after the same look at what podman
+// says it is.
+func (p *Podman) Resume(ctx context.Context, id string, c Container) error {
+	if err := p.checkCreated(ctx, c, id); err != nil {
+		return err
+	}
+	if err := containers.Start(p.with(ctx), id, nil); err != nil {
+		return failed(cause.WorkloadStart, "start container "+c.Name()+" again", err)
+	}
+	return nil
+}

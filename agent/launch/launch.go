@@ -1,0 +1,220 @@
+package launch
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// maxInitdata bounds the initdata document, in bytes.
+const maxInitdata = control.MaxOrder
+
+// launch is the life of the guest from its policy to its running workloads.
+func (a *Agent) launch(ctx context.Context) error {
+	s, g := a.sequence(ctx, "launch"), &generation{}
+	a.connectPodmanEarly(ctx)
+
+	s.run("policy", localDeadline, func(ctx context.Context, st *step) error { return a.openPolicy(ctx, st, g) })
+	s.run("attest", a.deadlines(g).Broker.Or(brokerTime), func(ctx context.Context, st *step) error { return a.attest(ctx, st, g) })
+
+	s.together(g, func(w *item, phase phaseFunc) error { return a.verify(g, w, phase) }) // resolve, signature, attestation
+	s.each(g, "measure", localDeadline, func(ctx context.Context, st *step, w *item) error { return a.measure(ctx, st, g, w) })
+	s.together(g, func(w *item, phase phaseFunc) error { return a.fetch(g, w, phase) }) // key, fetch, sbom
+
+	s.run("clear", a.deadlines(g).Start.Or(startTime), a.clearOld)
+	s.each(g, "start", a.deadlines(g).Start.Or(startTime), func(ctx context.Context, st *step, w *item) error { return a.start(ctx, st, g, w) })
+	s.each(g, "healthy", a.healthTime(g), func(ctx context.Context, st *step, w *item) error { return a.healthy(ctx, st, g, w) })
+
+	s.run("ready", localDeadline, func(context.Context, *step) error { return a.becomeReady(g) })
+	if err := s.failed(); err != nil {
+		a.undo(ctx, g)
+		return err
+	}
+	return nil
+}
+
+// openPolicy reads the initdata, checks that the launch is bound to it,
+// verifies its policy and puts it into the event log.
+func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
+	if err := a.checkLatch(); err != nil {
+		return err
+	}
+	initdata, err := bounded.ReadFile(a.config.Initdata, maxInitdata)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return cause.New(cause.PolicyMissing, "no initdata: %w", err)
+	case errors.Is(err, bounded.ErrTooLarge):
+		return cause.New(cause.PolicyTooLarge, "%w", err)
+	case err != nil:
+		return cause.New(cause.InitdataMalformed, "%w", err)
+	}
+	a.initdata = initdata
+	if a.platform, err = a.world.Platform(ctx, initdata); err != nil {
+		return err
+	}
+	if g.verified, err = a.world.Policy(initdata, a.now()); err != nil {
+		return err
+	}
+	g.initdata = initdata
+	if a.log, err = a.platform.Log(ctx); err != nil {
+		return err
+	}
+	if err := a.resume(ctx, g); err != nil {
+		return err
+	}
+	if name := a.platform.Name(); !slices.Contains(g.policy().Platforms, name) {
+		return cause.New(cause.PlatformNotAllowed, "this platform is %s, the policy allows %v", name, g.policy().Platforms)
+	}
+	if a.secrets, err = a.world.Secrets(); err != nil {
+		return err
+	}
+	if err := a.secrets.WipeAll(); err != nil {
+		return cause.New(cause.StorageFailed, "wipe the secrets of an earlier run: %w", err)
+	}
+	a.setPolicy(g)
+	st.progress("%s version %d, %s", g.policy().Name, g.policy().Version, g.verified.Digest)
+	return a.open(g)
+}
+
+// resume settles what the log says of an earlier run of the daemon in this
+// boot. The last committed policy is what runs: after an upgrade that is not
+// the initdata's, and its document is taken from the run directory only when
+// its digest is the committed one.
+func (a *Agent) resume(ctx context.Context, g *generation) error {
+	state := a.log.State()
+	switch {
+	case state.Destroyed:
+		return cause.New(cause.Destroyed, "the event log says that this instance is destroyed")
+	case state.Digest == "":
+		return a.log.Append(ctx, g.event(KindPolicy))
+	}
+	if state.Digest != g.verified.Digest {
+		committed, err := bounded.ReadFile(a.committedPath(), maxInitdata)
+		if err != nil {
+			return cause.New(cause.EventLogDiverged, "the event log commits policy %s, whose document cannot be read: %w", state.Digest, err)
+		}
+		verified, err := a.world.Policy(committed, a.now())
+		if err != nil {
+			return err
+		}
+		if verified.Digest != state.Digest {
+			return cause.New(cause.EventLogDiverged, "the event log commits policy %s, the run directory has %s", state.Digest, verified.Digest)
+		}
+		g.verified, g.initdata = verified, committed
+	}
+	if state.Staged != "" { // an upgrade was cut short before its commit
+		e := g.event(KindRolledBack)
+		e.Reason = "restart"
+		return a.log.Append(ctx, e)
+	}
+	return nil
+}
+
+// clearOld removes the containers of an earlier run. Keeping them would be
+// faster, but what they did to themselves meanwhile is not known: the simple
+// way is to start again from the images that were just verified.
+func (a *Agent) clearOld(ctx context.Context, st *step) error {
+	return a.retry(ctx, st, func(ctx context.Context) error {
+		podman, err := a.podman(ctx, st)
+		if err != nil {
+			return err
+		}
+		old, err := podman.List(ctx, "")
+		if err != nil {
+			return err
+		}
+		for _, c := range old {
+			if err := podman.Remove(ctx, c.ID); err != nil {
+				return err
+			}
+		}
+		if len(old) == 0 {
+			st.skipped("nothing was left over")
+		} else {
+			st.progress("%d containers of an earlier run removed", len(old))
+		}
+		return nil
+	})
+}
+
+// undoTime bounds the clearing up after a failure.
+const undoTime = 30 * time.Second
+
+// undo removes all that a failed sequence began: containers, secrets and
+// images, so that nothing is left in podman's storage.
+func (a *Agent) undo(ctx context.Context, g *generation) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	defer cancel()
+	if err := errors.Join(a.removeContainers(ctx, g), a.removeImages(ctx, g, nil)); err != nil {
+		a.logger.Error("something of the failed sequence is left", "error", err)
+	}
+	g.close()
+}
+
+func (a *Agent) removeContainers(ctx context.Context, g *generation) (err error) {
+	for _, w := range slices.Backward(g.items) {
+		wipeAll(w.keys)
+		wipeAll(w.secrets)
+		if w.id != "" {
+			podman, connectErr := a.podman(ctx, nil)
+			if connectErr != nil {
+				return errors.Join(err, connectErr)
+			}
+			err = errors.Join(err, podman.Stop(ctx, w.id, stopTime(w.rule.Run)), podman.Remove(ctx, w.id))
+			w.id = ""
+		}
+		if w.container.SecretDir != "" {
+			err = errors.Join(err, a.secrets.Wipe(w.container.Name()))
+		}
+	}
+	return err
+}
+
+// removeImages removes the generation's images but those that keep uses too.
+func (a *Agent) removeImages(ctx context.Context, g, keep *generation) (err error) {
+	for _, w := range g.items {
+		if w.stored == nil || keep.uses(w.stored.ImageID()) {
+			continue
+		}
+		err = errors.Join(err, g.images.Remove(ctx, w.stored.ImageID()))
+	}
+	return err
+}
+
+func (g *generation) uses(imageID string) bool {
+	return g != nil && slices.ContainsFunc(g.items, func(w *item) bool { return w.stored != nil && w.stored.ImageID() == imageID })
+}
+
+// close ends the generation's clients.
+func (g *generation) close() {
+	if g.images != nil {
+		_ = g.images.Close()
+	}
+}
+
+func stopTime(run policy.Run) time.Duration { return run.StopTimeout.Or(10 * time.Second) }
+
+func (a *Agent) committedPath() string { return filepath.Join(a.config.RunDir, "committed.toml") }
+
+// deadlines are the policy's, or the defaults before it is known.
+func (a *Agent) deadlines(g *generation) policy.Deadlines {
+	if g.verified == nil {
+		return policy.Deadlines{}
+	}
+	return g.policy().Upgrade.Deadlines
+}
+
+func (a *Agent) healthTime(g *generation) time.Duration {
+	if g.verified == nil {
+		return startTime
+	}
+	return healthTime(g)
+}

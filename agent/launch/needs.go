@@ -1,0 +1,143 @@
+package launch
+
+import (
+	"context"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/agent/workload"
+	"github.com/cc-runtime/cvm-agent/policy"
+)
+
+// What the sequences need of the rest of the agent. The real ones are put
+// together in wire.go; tests bring their own.
+
+// World is everything outside of this package.
+type World interface {
+	// Platform opens the TEE or TPM and checks that the launch is bound to the
+	// initdata (exact bytes).
+	Platform(ctx context.Context, initdata []byte) (Platform, error)
+	// Policy verifies the policy in an initdata document. now is the guest's
+	// clock: provisional until the broker's time is known.
+	Policy(initdata []byte, now time.Time) (*Verified, error)
+	// Order verifies an upgrade's policy (an initdata document or a DSSE
+	// envelope) against the running one, and returns it with the initdata form
+	// that Policy reads again after a restart of the daemon.
+	Order(order []byte, running *Verified, runningInitdata []byte, now time.Time) (next *Verified, initdata []byte, err error)
+	// Broker returns the client of the policy's broker. initdata is that of the
+	// launch, also after an upgrade: the evidence is bound to it.
+	Broker(v *Verified, initdata []byte, p Platform, l Log) (Broker, error)
+	// Images returns the image client that the policy's registries need.
+	Images(v *Verified) (Images, error)
+	// Podman connects to podman's service, telling onWait while it does not answer.
+	Podman(ctx context.Context, onWait func(err error, next time.Duration)) (Podman, error)
+	// Regenerate scans the file system tree at root in the sandbox and compares
+	// the outcome with the signed SBOM. The detail is one line for status.
+	Regenerate(ctx context.Context, root string, signed []byte, rule policy.SBOM) (detail string, err error)
+	// Secrets opens the tmpfs directory for the workloads' secrets.
+	Secrets() (Secrets, error)
+}
+
+// Platform is the opened TEE or TPM.
+type Platform interface {
+	Name() policy.Platform
+	// Log opens the event log: it replays to the register, or fails closed.
+	Log(ctx context.Context) (Log, error)
+	Close() error
+}
+
+// Log is the event log with its register.
+type Log interface {
+	// Append makes the event durable and extends the register, exactly once.
+	Append(ctx context.Context, e Event) error
+	State() LogState
+	Register() string // name of the register, for status
+}
+
+// LogState is what the log says so far.
+type LogState struct {
+	Events    int
+	Policy    string // name of the last committed policy; "" before the first
+	Version   uint64
+	Digest    string            // of the last committed policy, sha256:…
+	Images    map[string]string // workload → repository@sha256:… of the last committed policy
+	Staged    string            // digest of a policy that is staged and neither committed nor rolled back
+	Destroyed bool
+}
+
+// Broker opens sessions: each with a new nonce, key pair and quote.
+type Broker interface {
+	Attest(ctx context.Context, onWait func(err error, next time.Duration)) (Session, error)
+}
+
+// Session is one attested session, good for keys until the next extend.
+type Session interface {
+	Claims() Claims
+	Resource(ctx context.Context, uri string) ([]byte, error)
+	Close() // zeroises its key material
+}
+
+// Claims are what the broker's verified token says of this instance.
+type Claims struct {
+	HasMark     bool // the broker said something about the policy's version
+	VersionMark uint64
+	Signers     []string // fingerprints of the current signers, if the broker names them
+	InstanceID  string
+	Tombstone   bool
+	IssuedAt    time.Time // the broker's clock
+}
+
+// KeyFunc gets a broker resource by its kbs:/// URI.
+type KeyFunc func(ctx context.Context, uri string) ([]byte, error)
+
+// Images resolves and removes images.
+type Images interface {
+	Resolve(ctx context.Context, rule policy.Workload) (Image, error)
+	// Remove removes the image (config digest, 64 hex digits) and the layers
+	// that only it uses; one that is gone is no error.
+	Remove(ctx context.Context, imageID string) error
+	Close() error
+}
+
+// Image is a manifest that has the digest that the policy names.
+type Image interface {
+	VerifySignatures(ctx context.Context, keys KeyFunc) error
+	// SBOM returns the verified predicate of the signed SBOM attestation.
+	SBOM(ctx context.Context, keys KeyFunc) ([]byte, error)
+	Encrypted() bool
+	CheckEncryption() error
+	// Unwrap gets the keys of the encrypted layers.
+	Unwrap(ctx context.Context, keys KeyFunc) (LayerKeys, error)
+	// Fetch brings the image into podman's storage, every byte checked; a
+	// cached one is verified again. keys is nil for a plain image.
+	Fetch(ctx context.Context, keys LayerKeys, progress func(string)) (Stored, error)
+}
+
+// LayerKeys are unwrapped private options by layer digest.
+type LayerKeys map[string][]byte
+
+// Stored is an image in podman's storage.
+type Stored interface {
+	ImageID() string // 64 hex digits
+	Detail() string  // one line for status
+	Mount(ctx context.Context) (dir string, unmount func() error, err error)
+}
+
+// Podman runs containers; see package workload.
+type Podman interface {
+	Start(ctx context.Context, c workload.Container) (id string, err error)
+	Resume(ctx context.Context, id string, c workload.Container) error
+	WaitHealthy(ctx context.Context, id string, c workload.Container, onTry func(error)) error
+	Probe(ctx context.Context, id string, c workload.Container) error
+	Stop(ctx context.Context, id string, timeout time.Duration) error
+	Remove(ctx context.Context, id string) error
+	List(ctx context.Context, policyName string) ([]workload.Owned, error)
+	RemoveVolumes(ctx context.Context, policyName string) ([]string, error)
+	User(ctx context.Context, imageID string) (string, error)
+}
+
+// Secrets writes and wipes the workloads' secrets; see package workload.
+type Secrets interface {
+	Write(container, user string, rules []policy.Secret, values map[string][]byte) (dir string, err error)
+	Wipe(container string) error
+	WipeAll() error
+}
