@@ -13,7 +13,8 @@ import (
 	"os"
 )
 
-// Keys is a signing key pair made by stock `cosign generate-key-pair`.
+// Keys is a signing key pair made by stock `cosign generate-key-pair`. All keys
+// of a rig have one passphrase, so that a program can open several.
 type Keys struct {
 	Private string   // encrypted PEM file
 	Public  string   // PEM file
@@ -26,7 +27,7 @@ func (r *Rig) NewKeys(ctx context.Context, name string) (*Keys, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	k := &Keys{Private: r.Path("keys", name+".key"), Public: r.Path("keys", name+".pub"), Env: []string{"COSIGN_PASSWORD=" + rand.Text()}}
+	k := &Keys{Private: r.Path("keys", name+".key"), Public: r.Path("keys", name+".pub"), Env: []string{"COSIGN_PASSWORD=" + r.password}}
 	_, err := r.Run(ctx, k.Env, r.Tool("cosign"), "generate-key-pair", "--output-key-prefix", r.Path("keys", name))
 	return k, err
 }

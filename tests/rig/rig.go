@@ -14,6 +14,7 @@ package rig
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -45,8 +46,9 @@ type Rig struct {
 	Bin   string
 	Tools string
 
-	out  io.Writer
-	keep bool
+	out      io.Writer
+	keep     bool
+	password string // of the keys that the rig makes
 
 	mu      sync.Mutex
 	closers []func() error // run in reverse order by Close
@@ -56,7 +58,7 @@ type Rig struct {
 
 // New makes the work directory and finds the programs. Close must follow.
 func New(o Options) (*Rig, error) {
-	r := &Rig{Dir: o.Dir, Bin: o.Bin, Tools: o.Tools, out: o.Out, keep: o.Keep}
+	r := &Rig{Dir: o.Dir, Bin: o.Bin, Tools: o.Tools, out: o.Out, keep: o.Keep, password: rand.Text()}
 	if r.out == nil {
 		r.out = io.Discard
 	}
