@@ -1,0 +1,94 @@
+// Command cvmctl is the tool of publishers and relying parties: it publishes
+// images, writes and signs policies, and administers a key broker. See
+// `cvmctl help`; exit statuses are those of package cause.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cc-runtime/cvm-agent/image-build/publish"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	if publish.Reexec() {
+		return
+	}
+	os.Exit(run(os.Args[1:]))
+}
+
+func run(args []string) int {
+	root := command()
+	root.SetArgs(args)
+	err := root.ExecuteContext(context.Background())
+	if err == nil {
+		return cause.ExitOK
+	}
+	fmt.Fprintln(os.Stderr, "cvmctl: "+oneLine(err))
+	return cause.Exit(err)
+}
+
+// command is the whole command tree.
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cvmctl",
+		Short:         "publish images for confidential VMs, write their policies, administer their key broker",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return cause.New(cause.Usage, "unknown command %q, see cvmctl help", args[0])
+			}
+			return cmd.Help()
+		},
+	}
+	root.AddCommand(publish.Command(), versionCommand())
+	usageErrors(root)
+	return root
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "print the version",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "cvmctl", version)
+			return err
+		},
+	}
+}
+
+// usageErrors gives the errors of flags and arguments, which cobra makes, the
+// code for usage in every command below c.
+func usageErrors(c *cobra.Command) {
+	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return cause.Wrap(cause.Usage, err)
+	})
+	if args := c.Args; args != nil {
+		c.Args = func(cmd *cobra.Command, a []string) error { return cause.Wrap(cause.Usage, args(cmd, a)) }
+	}
+	for _, sub := range c.Commands() {
+		usageErrors(sub)
+	}
+}
+
+// oneLine is err as the one line that a person reads.
+func oneLine(err error) string {
+	text := err.Error()
+	var e *cause.Error
+	if !errors.As(err, &e) {
+		text = string(cause.Internal) + ": " + text
+	}
+	return strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+}

@@ -1,0 +1,94 @@
+package publish
+
+import (
+	"context"
+	"slices"
+
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
+)
+
+// keyBroker is what publishing needs of a broker's admin side.
+type keyBroker interface {
+	Resources(ctx context.Context) ([]string, error)
+	PutResource(ctx context.Context, uri string, data []byte) error
+	DeleteResource(ctx context.Context, uri string) error
+	PutRule(ctx context.Context, uri string, rule adminclient.Rule) error
+}
+
+// preparedBroker opens the admin client, or returns nil when no key goes to a
+// broker.
+func (r *run) preparedBroker() (keyBroker, error) {
+	b := r.o.Broker
+	if !r.o.Encrypt || !b.used() {
+		return nil, nil
+	}
+	if r.o.openBroker != nil {
+		return r.o.openBroker()
+	}
+	ca, err := bounded.ReadFile(b.CAFile, 1<<20)
+	if err != nil {
+		return nil, cause.New(cause.Usage, "--broker-ca: %w", err)
+	}
+	token, err := bounded.ReadFile(b.TokenFile, 64<<10)
+	if err != nil {
+		return nil, cause.New(cause.Usage, "--broker-token-file: %w", err)
+	}
+	defer clear(token)
+	return adminclient.New(b.URL, ca, string(token))
+}
+
+// storeKey hands the KEK over before anything is encrypted with it, to the
+// broker or to --kek-out. It never replaces a key: that would make another
+// image unreadable.
+func (r *run) storeKey(ctx context.Context, keys keyBroker, enc *encryption) (string, error) {
+	if keys == nil {
+		return r.o.KEKOut, writeSecret(r.o.KEKOut, enc.kek)
+	}
+	have, err := keys.Resources(ctx)
+	if err != nil {
+		return "", failed(cause.BrokerUnavailable, "list resources", err)
+	}
+	if slices.Contains(have, enc.resource) {
+		return "", cause.New(cause.Usage, "--resource %s is already there: each image has a key of its own, choose another name", enc.resource)
+	}
+	if err := keys.PutResource(ctx, enc.resource, enc.kek); err != nil {
+		return "", failed(cause.BrokerUnavailable, "store key", err)
+	}
+	r.did("key " + enc.resource)
+	return enc.resource, nil
+}
+
+// putRule lets the broker release the key to guests that run the written
+// policy, signed by its signers, with this very image.
+func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, res *Result) (string, error) {
+	signers := r.o.Broker.Signers
+	if len(signers) == 0 && r.policySigner != nil {
+		fp, err := dsse.Fingerprint(r.policySigner.PublicKey())
+		if err != nil {
+			return "", err
+		}
+		signers = []string{fp}
+	}
+	if len(signers) == 0 {
+		return "none set, the policy's signers are unknown: the key is released to nobody until a rule is set", nil
+	}
+	rule := adminclient.Rule{
+		APIVersion: "cvm-agent.release-rule/v1",
+		EKRoots:    r.o.Broker.EKRoots,
+		Policy:     &adminclient.PolicyRule{Names: []string{doc.Name}, Signers: signers, MinimumVersion: doc.MinimumVersion},
+		Images:     []string{res.ManifestDigest},
+	}
+	for _, p := range doc.Platforms {
+		rule.Platforms = append(rule.Platforms, string(p))
+	}
+	if err := keys.PutRule(ctx, res.KeyResource, rule); err != nil {
+		return "", failed(cause.BrokerUnavailable, "set release rule", err)
+	}
+	res.ReleaseRule = true
+	r.did("release rule of " + res.KeyResource)
+	return "policy " + doc.Name + " with this image", nil
+}
