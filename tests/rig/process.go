@@ -24,7 +24,6 @@ type Process struct {
 
 	cmd  *exec.Cmd
 	done chan struct{}
-	err  error // of Wait, once done is closed
 	stop sync.Once
 }
 
@@ -60,7 +59,7 @@ func (r *Rig) start(name string, env []string, tee io.Writer, argv ...string) (*
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
 	go func() {
-		p.err = p.cmd.Wait()
+		_ = p.cmd.Wait() // its outcome is in ProcessState
 		log.Close()
 		close(p.done)
 	}()
@@ -137,7 +136,7 @@ func (p *Process) ready(ctx context.Context, within time.Duration, check func() 
 	var ended error
 	err := Eventually(ctx, within, func() error {
 		if !p.Running() {
-			ended = fmt.Errorf("%s ended: %v: %s", p.Name, p.err, tail(p.Output(), 5))
+			ended = fmt.Errorf("%s ended: %s: %s", p.Name, p.cmd.ProcessState, tail(p.Output(), 5))
 			return nil
 		}
 		return check()
