@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,7 @@ type doc struct {
 	Env     map[string]string `json:"env,omitempty"`
 	Any     json.RawMessage   `json:"any,omitempty"`
 	Fixed   [2]int            `json:"fixed,omitempty"`
+	When    *time.Time        `json:"when,omitempty"`
 }
 
 func TestDecodeJSONRefuses(t *testing.T) {
@@ -57,6 +59,7 @@ func TestDecodeJSONRefuses(t *testing.T) {
 		"an array of bytes as numbers":      {in: `{"blob":[1,2]}`, want: "blob: an array, expected a base64 string"},
 		"bad base64":                        {in: `{"blob":"!"}`, want: "illegal base64"},
 		"a wrong fixed array":               {in: `{"fixed":[1]}`, want: "an array of 1, expected 2"},
+		"a value that its own type refuses": {in: `{"items":[],"when":"noon"}`, want: "line 1, column 20: when: parsing time"},
 		"a top-level array":                 {in: `[]`, want: "an array, expected an object"},
 		"nothing":                           {in: ``, want: "not JSON"},
 		"invalid UTF-8":                     {in: "{\"env\":{\"a\":\"\xff\"}}", want: "line 1, column 14: invalid UTF-8"},

@@ -185,7 +185,22 @@ func (w *walker) value(t reflect.Type, depth int) error {
 		}
 		return nil
 	}
-	t = concrete(t)
+	if own := selfDecoding(t); own != nil {
+		// Walk it for budgets and duplicates, then let it judge, here where the
+		// path is known.
+		if err := w.structure(nil, start, depth); err != nil {
+			return err
+		}
+		if err := json.Unmarshal(w.data[start:w.pos], reflect.New(own).Interface()); err != nil {
+			return w.fail(start, nil, "%v", err)
+		}
+		return nil
+	}
+	return w.structure(concrete(t), start, depth)
+}
+
+// structure visits a value that is not null.
+func (w *walker) structure(t reflect.Type, start, depth int) error {
 	switch w.data[start] {
 	case '{', '[':
 		if depth++; depth > w.limits.Depth {
@@ -373,6 +388,23 @@ var (
 	textUnmarshaler = reflect.TypeFor[encoding.TextUnmarshaler]()
 	jsonNumber      = reflect.TypeFor[json.Number]()
 )
+
+var rawMessage = reflect.TypeFor[json.RawMessage]()
+
+// selfDecoding returns the type behind t's pointers if it has its own decoder
+// that may refuse a value, or nil.
+func selfDecoding(t reflect.Type) reflect.Type {
+	for t != nil && t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t == nil || t == rawMessage || t.Kind() == reflect.Interface {
+		return nil
+	}
+	if p := reflect.PointerTo(t); p.Implements(jsonUnmarshaler) || p.Implements(textUnmarshaler) {
+		return t
+	}
+	return nil
+}
 
 // concrete strips pointers, and returns nil for types that decode themselves.
 func concrete(t reflect.Type) reflect.Type {
