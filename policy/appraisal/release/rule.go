@@ -51,7 +51,7 @@ type PolicyRule struct {
 // DecodeRule reads a rule document, YAML or JSON, strictly.
 func DecodeRule(data []byte) (*Rule, error) {
 	var r Rule
-	if err := DecodeYAML(data, &r, MaxRuleSize); err != nil {
+	if _, err := bounded.DecodeYAML(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 8}); err != nil {
 		return nil, cause.New(cause.Config, "release rule: %w", err)
 	}
 	if err := r.Validate(); err != nil {

@@ -16,7 +16,7 @@ images:
   - sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb
 pcrs:
   "9": ["cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"]
-  12: ["0000000000000000000000000000000000000000000000000000000000000000"]
+  "12": ["0000000000000000000000000000000000000000000000000000000000000000"]
 `
 
 func TestDecodeRule(t *testing.T) {
@@ -57,6 +57,7 @@ func TestDecodeRule(t *testing.T) {
 		"PCR 24":                       replace(`"9"`, `"24"`),
 		"PCR 09":                       replace(`"9"`, `"09"`),
 		"a PCR without values":         replace(`["cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc"]`, "[]"),
+		"a key that is a number":       replace(`"12"`, "12"),
 		"a negative version":           replace("minimumVersion: 2", "minimumVersion: -1"),
 		"neither policy nor anyPolicy": "apiVersion: cvm-agent.release-rule/v1\nplatforms: [tpm]\n",
 		"nothing":                      "",
