@@ -1,0 +1,143 @@
+// cvm-early is the early stage of a confidential VM: it binds what the host
+// handed over to the launch before anything else reads it.
+//
+// It links neither podman nor cosign, takes nothing from the environment, and
+// every failure is final: the caller (the initrd) does not go on.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/agent/platform"
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+const usage = `cvm-early binds the initdata to the launch.
+
+Usage:
+  cvm-early measure --initdata FILE --tpm SPEC   extend PCR 8 by the initdata's digest, once
+  cvm-early version
+
+  --initdata FILE   Confidential Containers initdata 0.1.0, algorithm sha256
+  --tpm SPEC        device:PATH, or unix:PATH for a TPM behind a socket
+
+PCR 8, 12, 13 and 14 must be zero: nobody has measured anything of their own
+before. A second run fails. Exit status: 0 done, 2 usage, 10 refused,
+20 the TPM does not answer, 30 the initdata cannot be decoded.
+`
+
+// mustBeZero are the registers that nothing may have touched: 8 and 14 are
+// ours, 12 and 13 show a changed command line and foreign system extensions.
+var mustBeZero = []int{platform.PCRLaunch, 12, 13, platform.PCREvents}
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+func run(args []string, out, errOut io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	err := command(ctx, args, out)
+	if errors.Is(err, flag.ErrHelp) {
+		return cause.ExitOK
+	}
+	if err != nil {
+		fmt.Fprintf(errOut, "cvm-early: %s\n", err)
+	}
+	return cause.Exit(err)
+}
+
+func command(ctx context.Context, args []string, out io.Writer) error {
+	if len(args) == 0 {
+		return cause.New(cause.Usage, "a command is missing; see cvm-early help")
+	}
+	switch args[0] {
+	case "measure":
+		flags := flag.NewFlagSet("measure", flag.ContinueOnError)
+		flags.SetOutput(io.Discard)
+		initdata := flags.String("initdata", "", "")
+		tpm := flags.String("tpm", "", "")
+		if err := flags.Parse(args[1:]); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				fmt.Fprint(out, usage)
+				return err
+			}
+			return cause.New(cause.Usage, "%w", err)
+		}
+		if *initdata == "" || *tpm == "" || flags.NArg() > 0 {
+			return cause.New(cause.Usage, "measure takes --initdata FILE and --tpm SPEC, and nothing else")
+		}
+		return measure(ctx, *initdata, *tpm, out)
+	case "version":
+		fmt.Fprintln(out, version)
+		return nil
+	case "help", "-h", "--help":
+		fmt.Fprint(out, usage)
+		return nil
+	}
+	return cause.New(cause.Usage, "unknown command %q; see cvm-early help", args[0])
+}
+
+// measure extends PCR 8 by the digest of the initdata file.
+func measure(ctx context.Context, path, spec string, out io.Writer) error {
+	raw, err := bounded.ReadFile(path, policy.MaxInitdata)
+	if err != nil {
+		return cause.New(cause.InitdataMalformed, "read the initdata: %w", err)
+	}
+	initdata, err := policy.ParseInitdata(raw)
+	if err != nil {
+		return err
+	}
+	if initdata.Algorithm != "sha256" {
+		return cause.New(cause.InitdataMalformed, "initdata algorithm %q: PCR 8 takes sha256", initdata.Algorithm)
+	}
+	tpm, err := platform.OpenTPM(spec)
+	if err != nil {
+		return err
+	}
+	defer tpm.Close()
+	values, err := tpm.ReadPCRs(ctx, mustBeZero...)
+	if err != nil {
+		return err
+	}
+	for _, i := range mustBeZero {
+		if !allZero(values[i]) {
+			return cause.New(cause.LaunchBinding, "PCR %d is %x before the measurement, expected zero: something else measured into it, or this boot is measured already", i, values[i])
+		}
+	}
+	if err := tpm.ExtendPCR(ctx, platform.PCRLaunch, initdata.Digest()); err != nil {
+		return err
+	}
+	// Read back: an extend that did not happen must not be found out later.
+	values, err = tpm.ReadPCRs(ctx, platform.PCRLaunch)
+	if err != nil {
+		return err
+	}
+	if err := policy.CheckBindingPCR8(initdata, values[platform.PCRLaunch]); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "PCR 8 %x\n", values[platform.PCRLaunch])
+	return nil
+}
+
+func allZero(b []byte) bool {
+	for _, v := range b {
+		if v != 0 {
+			return false
+		}
+	}
+	return len(b) > 0
+}
+
+// version is set by the build.
+var version = "devel"
