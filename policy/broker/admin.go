@@ -1,0 +1,181 @@
+package broker
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"net/http"
+	"regexp"
+	"strings"
+
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
+	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
+)
+
+// policyName is a DNS label, as in the launch policy.
+var policyName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// authorise checks the admin token: its SHA-256 against every configured hash,
+// each in constant time. Without a configured hash nobody is an admin.
+func (s *Server) authorise(r *http.Request) error {
+	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	sum := sha256.Sum256([]byte(token))
+	match := 0
+	for _, h := range s.admin {
+		match |= subtle.ConstantTimeCompare(sum[:], h[:])
+	}
+	if !ok || match != 1 {
+		return kbs.NewError(kbs.VariantAdminAuthAccess, "admin access denied for endpoint %s", r.URL.Path)
+	}
+	return nil
+}
+
+// adminDo authorises, runs one admin operation and puts it on record.
+func (s *Server) adminDo(r *http.Request, op, resource string, f func() error) error {
+	rec := audit.Record{Op: "admin." + op, Peer: peer(r), Resource: resource, Outcome: "ok"}
+	err := s.authorise(r)
+	if err == nil {
+		err = f()
+	}
+	if err != nil {
+		err = adminError(err)
+		rec.Outcome, rec.Reason = "refused", printable(err.Error())
+	}
+	if werr := s.audit.Write(rec); werr != nil {
+		return werr
+	}
+	return err
+}
+
+// adminError gives errors of an admin's own making their protocol variant.
+func adminError(err error) error {
+	var e *kbs.Error
+	switch {
+	case errors.As(err, &e):
+		return err
+	case errors.Is(err, errNotFound):
+		return kbs.NewError(kbs.VariantPluginInternalError, "not found")
+	case cause.Of(err) == cause.Config:
+		return kbs.NewError(kbs.VariantSerdeError, "%s", err)
+	case cause.Of(err) == cause.PolicyBelowFloor:
+		return kbs.NewError(kbs.VariantPolicyDeny, "%s", err)
+	}
+	return err
+}
+
+// adminResource is POST and DELETE of a resource.
+func (s *Server) adminResource(w http.ResponseWriter, r *http.Request, u kbs.ResourceURI) error {
+	switch r.Method {
+	case http.MethodPost:
+		return s.adminDo(r, "resource.put", u.String(), func() error {
+			b, err := body(w, r, MaxResource)
+			if err != nil {
+				return err
+			}
+			defer clear(b)
+			if len(b) == 0 {
+				return kbs.NewError(kbs.VariantSerdeError, "the resource is empty")
+			}
+			return s.store.PutResource(u, b)
+		})
+	case http.MethodDelete:
+		return s.adminDo(r, "resource.delete", u.String(), func() error { return s.store.DeleteResource(u) })
+	}
+	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
+}
+
+// adminRoute is everything under /admin/v0/.
+func (s *Server) adminRoute(w http.ResponseWriter, r *http.Request) error {
+	path := r.URL.Path
+	if p, ok := strings.CutPrefix(path, adminclient.PathRule); ok {
+		u, err := kbs.ParseResourcePath(p)
+		if err != nil {
+			return kbs.NewError(kbs.VariantInvalidRequestPath, "%s", err)
+		}
+		return s.adminRule(w, r, u)
+	}
+	if name, ok := strings.CutPrefix(path, adminclient.PathMark); ok {
+		if !policyName.MatchString(name) {
+			return kbs.NewError(kbs.VariantInvalidRequestPath, "policy name %q is not a DNS label", name)
+		}
+		return s.adminMark(w, r, name)
+	}
+	bucket := map[string][]byte{adminclient.PathResources: bucketResources, adminclient.PathRules: bucketRules}[path]
+	if bucket == nil || r.Method != http.MethodGet {
+		return kbs.NewError(kbs.VariantInvalidRequestPath, "Request path %s is invalid", path)
+	}
+	return s.adminDo(r, "list", "", func() error {
+		names, err := s.store.list(bucket)
+		if err == nil {
+			writeJSON(w, http.StatusOK, names)
+		}
+		return err
+	})
+}
+
+func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.ResourceURI) error {
+	switch r.Method {
+	case http.MethodGet:
+		return s.adminDo(r, "rule.show", u.String(), func() error {
+			rule, err := s.store.Rule(u)
+			if err == nil {
+				writeJSON(w, http.StatusOK, rule)
+			}
+			return err
+		})
+	case http.MethodPut:
+		return s.adminDo(r, "rule.set", u.String(), func() error {
+			b, err := body(w, r, release.MaxRuleSize)
+			if err != nil {
+				return err
+			}
+			rule, err := release.DecodeRuleJSON(b)
+			if err != nil {
+				return err
+			}
+			return s.store.PutRule(u, *rule)
+		})
+	case http.MethodDelete:
+		return s.adminDo(r, "rule.delete", u.String(), func() error { return s.store.DeleteRule(u) })
+	}
+	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
+}
+
+func (s *Server) adminMark(w http.ResponseWriter, r *http.Request, name string) error {
+	switch r.Method {
+	case http.MethodGet:
+		return s.adminDo(r, "mark.show", name, func() error {
+			m, err := s.store.Mark(name)
+			if err == nil {
+				writeJSON(w, http.StatusOK, m)
+			}
+			return err
+		})
+	case http.MethodPut:
+		return s.adminDo(r, "mark.set", name, func() error {
+			b, err := body(w, r, 64<<10)
+			if err != nil {
+				return err
+			}
+			var m adminclient.Mark
+			if err := bounded.DecodeJSON(b, &m, bounded.Limits{Depth: 4}); err != nil {
+				return cause.New(cause.Config, "mark: %w", err)
+			}
+			if m.Version == 0 {
+				return cause.New(cause.Config, "mark: version is 0, expected at least 1")
+			}
+			for _, fp := range m.Signers {
+				if d, err := hex.DecodeString(fp); err != nil || len(d) != 32 || strings.ToLower(fp) != fp {
+					return cause.New(cause.Config, "mark: signer %q is not 64 lowercase hex digits", fp)
+				}
+			}
+			return s.store.RaiseMark(name, m)
+		})
+	}
+	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
+}

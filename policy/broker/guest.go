@@ -1,0 +1,263 @@
+package broker
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
+)
+
+// maxAuth bounds the body of POST auth, in bytes: an EK certificate and a
+// public area.
+const maxAuth = 64 << 10
+
+// auth opens a session.
+func (s *Server) auth(w http.ResponseWriter, r *http.Request) error {
+	b, err := body(w, r, maxAuth)
+	if err != nil {
+		return err
+	}
+	req, err := kbs.DecodeAuthRequest(b)
+	if err != nil {
+		return kbs.NewError(kbs.VariantSerdeError, "%s", err)
+	}
+	if req.Version != kbs.Version {
+		return kbs.NewError(kbs.VariantAttestationError, "%s: expected %s, found %s", kbs.VersionMismatch, kbs.Version, req.Version)
+	}
+	v := s.verifiers[req.TEE]
+	if v == nil {
+		return kbs.NewError(kbs.VariantAttestationError, "evidence of TEE %q is not accepted here", req.TEE)
+	}
+	dialect := kbs.DialectKBS
+	var challenge kbs.Challenge
+	var pending *appraisal.Pending
+	if a := req.ExtraParams.CVMAgent; a != nil {
+		dialect = kbs.Dialect
+		challenge.ExtraParams.CVMAgent, pending, err = v.Challenge(a, rand.Reader)
+		if err != nil {
+			return kbs.NewError(kbs.VariantAttestationError, "%s", err)
+		}
+	}
+	n := s.sessions.open(req.TEE, dialect, pending)
+	challenge.Nonce = n.nonce
+	// No Path attribute, as Trustee sends it: clients then scope it to /kbs/v0.
+	http.SetCookie(w, &http.Cookie{Name: kbs.CookieName, Value: n.id})
+	writeJSON(w, http.StatusOK, challenge)
+	return nil
+}
+
+// cookieSession returns the live session of the request's cookie, or nil.
+func (s *Server) cookieSession(r *http.Request) *session {
+	c, err := r.Cookie(kbs.CookieName)
+	if err != nil {
+		return nil
+	}
+	return s.sessions.get(c.Value)
+}
+
+// attest judges evidence and answers with a token. An attested session gets
+// its old token again; a session whose evidence was refused is over, because
+// its nonce and activation secret are good once.
+func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
+	n := s.cookieSession(r)
+	if n == nil {
+		return kbs.NewError(kbs.VariantAttestationError, "no such session, or it is older than %s", SessionLife)
+	}
+	b, err := body(w, r, kbs.MaxBody)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.token != "" {
+		writeJSON(w, http.StatusOK, kbs.AttestResponse{Token: n.token})
+		return nil
+	}
+	if n.spent {
+		return kbs.NewError(kbs.VariantAttestationError, "this session's evidence was refused: open a new one")
+	}
+	n.spent = true
+	rec := audit.Record{Op: "attest", Peer: peer(r), Session: n.label, TEE: n.tee, Dialect: n.dialect}
+	if err := s.judgeEvidence(n, b, &rec); err != nil {
+		s.sessions.end(n)
+		n.pending = nil
+		rec.Outcome, rec.Reason = "refused", printable(err.Error())
+		if werr := s.audit.Write(rec); werr != nil {
+			return werr
+		}
+		return err
+	}
+	rec.Outcome = "ok"
+	// On record before it takes effect.
+	if err := s.audit.Write(rec); err != nil {
+		s.sessions.end(n)
+		n.token = ""
+		return err
+	}
+	n.pending = nil
+	s.sessions.attested(n, n.token)
+	writeJSON(w, http.StatusOK, kbs.AttestResponse{Token: n.token})
+	return nil
+}
+
+// judgeEvidence appraises one attestation request and, when it is accepted,
+// leaves facts, key and token in the session. The caller holds n.mu.
+func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
+	req, err := kbs.DecodeAttestRequest(b)
+	if err != nil {
+		return kbs.NewError(kbs.VariantSerdeError, "%s", err)
+	}
+	if req.RuntimeData.Nonce != n.nonce {
+		return kbs.NewError(kbs.VariantAttestationError, "runtime-data.nonce is not this session's")
+	}
+	reportData, err := kbs.ReportData(req.TEEEvidence.AdditionalEvidence, n.nonce, req.RuntimeData.TEEPubKey)
+	if err != nil {
+		return kbs.NewError(kbs.VariantSerdeError, "%s", err)
+	}
+	in := appraisal.Input{
+		Dialect:    n.dialect,
+		Primary:    req.TEEEvidence.PrimaryEvidence,
+		Additional: req.TEEEvidence.AdditionalEvidence,
+		ReportData: reportData,
+		Pending:    n.pending,
+		Time:       s.now(),
+	}
+	if req.InitData != nil {
+		in.InitData = []byte(req.InitData.Body)
+	}
+	a, err := s.verifiers[n.tee].Appraise(in)
+	if err != nil {
+		return kbs.NewError(kbs.VariantAttestationError, "evidence: %s", err)
+	}
+	rec.Verdict, rec.Identity = a.Verdict.Summary(), a.Facts.Identity
+	if err := a.Verdict.Refusal(); err != nil {
+		return kbs.NewError(kbs.VariantAttestationError, "%s", err)
+	}
+	if a.Facts.Identity == "" {
+		return fmt.Errorf("evidence of TEE %s was accepted without an identity", n.tee)
+	}
+	inst, err := s.store.Instance(a.Facts.Identity, s.now())
+	if err != nil {
+		return fmt.Errorf("instance: %w", err)
+	}
+	rec.Instance = inst.ID
+	if l := a.Facts.Log; l != nil {
+		rec.Policy = fmt.Sprintf("%s version %d", l.Running.Policy, l.Running.Version)
+	}
+	claims, err := s.claims(a.Facts, inst)
+	if err != nil {
+		return err
+	}
+	n.facts, n.key, n.instance = a.Facts, req.RuntimeData.TEEPubKey, inst
+	token, err := s.issuer.issue(n, reportData, claims, s.now())
+	if err != nil {
+		return fmt.Errorf("token: %w", err)
+	}
+	n.token = token
+	return nil
+}
+
+// attestedSession finds the session by cookie, then by bearer token.
+func (s *Server) attestedSession(r *http.Request) (*session, error) {
+	if n := s.cookieSession(r); n != nil && n.attested() {
+		return n, nil
+	}
+	h := r.Header.Get("Authorization")
+	if h == "" {
+		return nil, kbs.NewError(kbs.VariantTokenNotFound, "Attestation Token not found")
+	}
+	token, ok := strings.CutPrefix(h, "Bearer ")
+	if !ok {
+		return nil, kbs.NewError(kbs.VariantTokenNotFound, "Attestation Token not found: the authorization is not a bearer token")
+	}
+	// The exact token was issued by this process, or it is none.
+	if n := s.sessions.getByToken(token); n != nil && n.attested() {
+		return n, nil
+	}
+	return nil, kbs.NewError(kbs.VariantTokenVerifierError, "the token is not one of a living session of this broker")
+}
+
+func (n *session) attested() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.token != ""
+}
+
+// resource releases one resource to an attested session whose facts satisfy
+// the resource's rule.
+func (s *Server) resource(w http.ResponseWriter, r *http.Request, u kbs.ResourceURI) error {
+	n, err := s.attestedSession(r)
+	if err != nil {
+		return err
+	}
+	rec := audit.Record{
+		Op: "release", Peer: peer(r), Session: n.label, TEE: n.tee, Dialect: n.dialect,
+		Identity: n.facts.Identity, Instance: n.instance.ID, Resource: u.String(),
+	}
+	jwe, err := s.release(n, u, &rec)
+	if err != nil {
+		rec.Outcome, rec.Reason = "refused", printable(err.Error())
+		if werr := s.audit.Write(rec); werr != nil {
+			return werr
+		}
+		return err
+	}
+	rec.Outcome = "ok"
+	// On record before it leaves.
+	if err := s.audit.Write(rec); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, err = w.Write([]byte(jwe))
+	if err != nil {
+		s.log.Info("the guest went away before its resource", "resource", u.String(), "session", n.label)
+	}
+	return nil
+}
+
+func (s *Server) release(n *session, u kbs.ResourceURI, rec *audit.Record) (string, error) {
+	inst, err := s.store.Instance(n.facts.Identity, s.now())
+	if err != nil {
+		return "", fmt.Errorf("instance: %w", err)
+	}
+	if inst.Tombstone {
+		return "", kbs.NewError(kbs.VariantPolicyDeny, "instance %s is destroyed", inst.ID)
+	}
+	rule, err := s.store.Rule(u)
+	if errors.Is(err, errNotFound) {
+		return "", kbs.NewError(kbs.VariantPolicyDeny, "there is no release rule for %s", u)
+	}
+	if err != nil {
+		return "", fmt.Errorf("rule: %w", err)
+	}
+	m := &marks{store: s.store}
+	v := appraisal.Judge(n.facts, *rule, m.version, s.now())
+	rec.Verdict = v.Summary()
+	if m.err != nil {
+		return "", fmt.Errorf("version mark: %w", m.err)
+	}
+	if l := n.facts.Log; l != nil {
+		rec.Policy = fmt.Sprintf("%s version %d", l.Running.Policy, l.Running.Version)
+	}
+	if err := v.Refusal(); err != nil {
+		return "", kbs.NewError(kbs.VariantPolicyDeny, "%s: %s", u, err)
+	}
+	data, err := s.store.Resource(u)
+	if errors.Is(err, errNotFound) {
+		return "", kbs.NewError(kbs.VariantPluginInternalError, "resource %s not found", u)
+	}
+	if err != nil {
+		return "", fmt.Errorf("resource: %w", err)
+	}
+	defer clear(data)
+	jwe, err := encrypt(n.key, data)
+	if err != nil {
+		return "", kbs.NewError(kbs.VariantJWEError, "%s", err)
+	}
+	return jwe, nil
+}

@@ -1,0 +1,244 @@
+package broker
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
+)
+
+func fingerprint(spki []byte) string {
+	d := sha256.Sum256(spki)
+	return hex.EncodeToString(d[:])
+}
+
+func parsePublic(t *testing.T, text []byte) crypto.PublicKey {
+	t.Helper()
+	b, _ := pem.Decode(text)
+	if b == nil {
+		t.Fatal("no PEM")
+	}
+	key, err := x509.ParsePKIXPublicKey(b.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// named is a verifier that accepts nothing.
+type named string
+
+func (n named) TEE() string { return string(n) }
+
+func (named) Challenge(*kbs.CVMAgentAuth, io.Reader) (*kbs.CVMAgentChallenge, *appraisal.Pending, error) {
+	return nil, nil, errors.New("never")
+}
+
+func (named) Appraise(appraisal.Input) (*appraisal.Appraisal, error) {
+	return nil, errors.New("never")
+}
+
+func verifiers(name string) []appraisal.Verifier { return []appraisal.Verifier{named(name)} }
+
+func TestSessionsAreBoundedInNumberAndTime(t *testing.T) {
+	now := time.Unix(1000, 0)
+	s := newSessions(3, func() time.Time { return now })
+	first := s.open("tpm", kbs.DialectKBS, nil)
+	s.attested(first, "token")
+	if s.getByToken("token") != first || s.get(first.id) != first {
+		t.Fatal("the first session is not found")
+	}
+	seen := map[string]bool{}
+	for range 10000 {
+		n := s.open("tpm", kbs.DialectKBS, nil)
+		if seen[n.nonce] {
+			t.Fatal("a nonce twice")
+		}
+		seen[n.nonce] = true
+	}
+	if s.len() != 3 || s.order.Len() != 3 || len(s.byToken) != 0 {
+		t.Fatalf("%d sessions, %d in order, %d tokens; at most 3", s.len(), s.order.Len(), len(s.byToken))
+	}
+	last := s.open("tpm", kbs.DialectKBS, nil)
+	now = now.Add(SessionLife)
+	if s.get(last.id) != nil || s.len() != 0 {
+		t.Error("a session outlives its time")
+	}
+}
+
+func openStore(t *testing.T, path string, kek byte) (*Store, error) {
+	t.Helper()
+	return OpenStore(path, bytes.Repeat([]byte{kek}, kekSize))
+}
+
+func TestStoreSealsValuesToTheirName(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	s, err := openStore(t, path, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := kbs.ResourceURI{Repository: "a", Type: "k", Tag: "1"}, kbs.ResourceURI{Repository: "a", Type: "k", Tag: "2"}
+	if err := s.PutResource(a, []byte("the secret of a")); err != nil {
+		t.Fatal(err)
+	}
+	// An attacker with the file moves a's value to b.
+	err = s.db.Update(func(tx *bolt.Tx) error {
+		bucket := tx.Bucket(bucketResources)
+		return bucket.Put([]byte(b.Path()), bytes.Clone(bucket.Get([]byte(a.Path()))))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Resource(b); err == nil || errors.Is(err, errNotFound) {
+		t.Errorf("a moved value was read: %v", err)
+	}
+	if v, err := s.Resource(a); err != nil || string(v) != "the secret of a" {
+		t.Errorf("%q, %v", v, err)
+	}
+	i, err := s.Instance("tpm:00", time.Now())
+	if err != nil || len(i.ID) != 32 || i.Tombstone {
+		t.Fatalf("%+v, %v", i, err)
+	}
+	if j, err := s.Instance("tpm:00", time.Now()); err != nil || j.ID != i.ID {
+		t.Errorf("the instance changed: %+v, %v", j, err)
+	}
+	if j, err := s.Instance("tpm:01", time.Now()); err != nil || j.ID == i.ID {
+		t.Errorf("two keys, one instance: %+v, %v", j, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+	if _, err := openStore(t, path, 2); err == nil {
+		t.Error("another KEK opened the storage")
+	}
+}
+
+func TestAuditChain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	now := func() time.Time { return time.Unix(1000, 0) }
+	l, err := audit.Open(path, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := l.Write(audit.Record{Op: "release", Outcome: "ok"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Write(audit.Record{Op: "release", Outcome: "ok"}); err == nil {
+		t.Error("a closed log was written")
+	}
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := audit.Verify(bytes.NewReader(whole)); err != nil || h.Records != 3 {
+		t.Fatalf("%+v, %v", h, err)
+	}
+	lines := strings.SplitAfter(string(whole), "\n")
+	for what, text := range map[string]string{
+		"a changed outcome":  strings.Replace(string(whole), `"ok"`, `"no"`, 1),
+		"a missing line":     lines[0] + lines[2],
+		"a missing start":    lines[1] + lines[2],
+		"swapped lines":      lines[1] + lines[0] + lines[2],
+		"a cut last line":    string(whole[:len(whole)-5]),
+		"an unknown field":   strings.Replace(string(whole), `{"seq"`, `{"more":1,"seq"`, 1),
+		"a line that is not": string(whole) + "hello\n",
+	} {
+		if _, err := audit.Verify(strings.NewReader(text)); err == nil {
+			t.Errorf("%s was not noticed", what)
+		}
+	}
+	// A crash cut the last line: it is dropped, which is on record.
+	if err := os.WriteFile(path, append(whole, `{"seq":4,`...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err = audit.Open(path, now); err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	again, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := audit.Verify(bytes.NewReader(again)); err != nil || h.Records != 4 || !strings.Contains(string(again), "recovered") {
+		t.Errorf("%+v, %v", h, err)
+	}
+	if err := os.WriteFile(path, []byte(strings.Replace(string(whole), `"ok"`, `"no"`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := audit.Open(path, now); err == nil {
+		t.Error("a broken chain was continued")
+	}
+}
+
+func TestInitFilesAndModes(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "new")
+	o := InitOptions{Dir: dir, Hosts: []string{"broker.example"}, Listen: "127.0.0.1:0", Now: time.Now()}
+	if err := Init(o); err != nil {
+		t.Fatal(err)
+	}
+	if err := Init(o); err == nil {
+		t.Error("a second init replaced the first")
+	}
+	for name, mode := range map[string]os.FileMode{"kek": 0o600, "tls.key": 0o600, "token.key": 0o600, "admin.token": 0o600, "config.yaml": 0o600, "ca.pem": 0o644} {
+		if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v, %v", name, st.Mode(), err)
+		}
+	}
+	c, err := LoadConfig(filepath.Join(dir, FileConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.kek(""); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(dir, "kek"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.kek(""); err == nil {
+		t.Error("a KEK that others can read was used")
+	}
+	c.KEK = KEKSource{Credential: "kek"}
+	if _, err := c.kek(""); err == nil {
+		t.Error("a credential without a credentials directory")
+	}
+	text, err := os.ReadFile(filepath.Join(dir, FileConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, bad := range map[string]string{
+		"an unknown key": string(text) + "anything: 1\n",
+		"no storage":     strings.Replace(string(text), "storage:", "auditLog2:", 1),
+		"two KEKs":       strings.Replace(string(text), "file: kek", "file: kek\n  credential: x", 1),
+	} {
+		p := filepath.Join(dir, "bad.yaml")
+		if err := os.WriteFile(p, []byte(bad), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadConfig(p); err == nil {
+			t.Errorf("%s was accepted", what)
+		}
+	}
+}

@@ -1,0 +1,125 @@
+// cvm-broker is the key broker.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cc-runtime/cvm-agent/policy/broker"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+func main() { os.Exit(run()) }
+
+// run is main without os.Exit, so that tests can call it.
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "cvm-broker: %s\n", err)
+		return cause.Exit(err)
+	}
+	return cause.ExitOK
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cvm-broker",
+		Short:         "Release keys to confidential VMs that prove what they run",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) })
+	root.AddCommand(initCommand(), serveCommand(), versionCommand())
+	return root
+}
+
+func initCommand() *cobra.Command {
+	var o broker.InitOptions
+	var roots []string
+	c := &cobra.Command{
+		Use:   "init --dir DIR --host NAME",
+		Short: "Make keys, certificates, an admin token and a configuration",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for _, s := range roots {
+				r, err := broker.ParseRootFlag(s)
+				if err != nil {
+					return err
+				}
+				o.EKRoots = append(o.EKRoots, r)
+			}
+			if o.Dir == "" {
+				return cause.New(cause.Usage, "--dir is missing")
+			}
+			o.Now = time.Now()
+			if err := broker.Init(o); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s/%s; policies need %s and %s, admins %s and %s\n",
+				o.Dir, broker.FileConfig, broker.FileCA, broker.FileTokenPub, broker.FileCA, broker.FileAdminToken)
+			return nil
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.Dir, "dir", "", "directory to make, or an empty one")
+	f.StringArrayVar(&o.Hosts, "host", nil, "DNS name or IP address in the server certificate (repeatable)")
+	f.StringVar(&o.Listen, "listen", "127.0.0.1:8080", "host:port to listen on; port 0 takes a free one")
+	f.StringArrayVar(&roots, "ek-root", nil, "NAME=PATH: a set of EK certificate issuers, PEM file or directory (repeatable)")
+	return c
+}
+
+func serveCommand() *cobra.Command {
+	var path, level string
+	c := &cobra.Command{
+		Use:   "serve --config FILE",
+		Short: "Serve the KBS protocol until SIGTERM",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if path == "" {
+				return cause.New(cause.Usage, "--config is missing")
+			}
+			var l slog.Level
+			if err := l.UnmarshalText([]byte(level)); err != nil {
+				return cause.Wrap(cause.Usage, err)
+			}
+			config, err := broker.LoadConfig(path)
+			if err != nil {
+				return err
+			}
+			logger := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: l}))
+			return broker.Run(cmd.Context(), config, os.Getenv("CREDENTIALS_DIRECTORY"), logger, cmd.OutOrStdout())
+		},
+	}
+	c.Flags().StringVar(&path, "config", "", "configuration file")
+	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	return c
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  noArgs,
+		Run: func(cmd *cobra.Command, _ []string) {
+			version := "unknown"
+			if info, ok := debug.ReadBuildInfo(); ok {
+				version = info.Main.Version
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), version)
+		},
+	}
+}
+
+func noArgs(cmd *cobra.Command, args []string) error {
+	return cause.Wrap(cause.Usage, cobra.NoArgs(cmd, args))
+}
