@@ -220,7 +220,7 @@ func (r *Result) print(w io.Writer, output string) error {
 	rows := [][2]string{
 		{"published", r.Reference}, {"digest", r.Digest}, {"config", r.ConfigDigest}, {"sbom", r.SBOMDigest},
 		{"signature", r.Signature}, {"attestation", r.Attestation}, {"key", r.KeyResource},
-		{"policy", r.Policy}, {"signed", r.PolicySigned},
+		{"policy", r.Policy}, {"incomplete", r.PolicyIncomplete}, {"signed", r.PolicySigned},
 	}
 	var err error
 	for _, row := range rows {

@@ -117,7 +117,9 @@ type Result struct {
 	KeyResource    string   `json:"keyResource,omitempty"`
 	ReleaseRule    bool     `json:"releaseRule"` // false with a KeyResource: released to nobody until a rule is set
 	Policy         string   `json:"policy,omitempty"`
-	PolicySigned   string   `json:"policySigned,omitempty"`
+	// PolicyIncomplete says what a template's other workloads still miss.
+	PolicyIncomplete string `json:"policyIncomplete,omitempty"`
+	PolicySigned     string `json:"policySigned,omitempty"`
 }
 
 // target is the parsed destination.

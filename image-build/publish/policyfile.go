@@ -1,21 +1,19 @@
 package publish
 
 import (
-	"encoding/json"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/google/renameio/v2"
-	"github.com/gowebpki/jcs"
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
 
 	"github.com/cc-runtime/cvm-agent/policy"
-	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
-	"github.com/cc-runtime/cvm-agent/policy/dsse"
 	"github.com/cc-runtime/cvm-agent/policy/dsse/signkey"
 )
 
@@ -36,32 +34,37 @@ func (r *run) preparePolicy() (*policy.Policy, error) {
 		}
 	}
 	if o.Template == "" {
-		return r.freshPolicy()
+		p, err := r.freshPolicy()
+		if err != nil {
+			return nil, err
+		}
+		return p, r.tryPolicy(p)
 	}
 	data, err := bounded.ReadFile(o.Template, policy.MaxSize)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--policy-template: %w", err)
 	}
 	var p policy.Policy
-	if err := release.DecodeYAML(data, &p, policy.MaxSize); err != nil {
+	if _, err := bounded.DecodeYAML(data, &p, bounded.Limits{Bytes: policy.MaxSize}); err != nil {
 		return nil, cause.New(cause.Usage, "--policy-template %s: %w", o.Template, err)
 	}
 	w := workload(&p, r.o.Workload)
 	if w == nil {
 		return nil, cause.New(cause.Usage, "--policy-template %s has no workload %q", o.Template, r.o.Workload)
 	}
-	encrypt := r.o.Encrypt || len(r.o.Recipients) > 0
-	if w.Encryption == "required" && !encrypt {
+	if w.Encryption == "required" && !r.encrypts() {
 		return nil, cause.New(cause.Usage, "the template requires encryption of workload %q: give --encrypt or --recipient", w.Name)
 	}
-	if w.Encryption == "forbidden" && encrypt {
+	if w.Encryption == "forbidden" && r.encrypts() {
 		return nil, cause.New(cause.Usage, "the template forbids encryption of workload %q", w.Name)
 	}
 	if o.Version != 0 {
 		p.Version = o.Version
 	}
-	return &p, nil
+	return &p, r.tryPolicy(&p)
 }
+
+func (r *run) encrypts() bool { return r.o.Encrypt || len(r.o.Recipients) > 0 }
 
 func (r *run) loadPolicySigner() error {
 	pem, err := bounded.ReadFile(r.o.Policy.SignKey, 64<<10)
@@ -153,9 +156,8 @@ func workload(p *policy.Policy, name string) *policy.Workload {
 	return nil
 }
 
-// writePolicy fills in what was published and writes the file, and its signed
-// form where a key was given.
-func (r *run) writePolicy(p *policy.Policy, res *Result) error {
+// fill names what was published in the policy.
+func (r *run) fill(p *policy.Policy, digest string, encrypted bool) error {
 	pub, err := r.signer.PublicKey()
 	if err != nil {
 		return err
@@ -165,18 +167,52 @@ func (r *run) writePolicy(p *policy.Policy, res *Result) error {
 		return err
 	}
 	w := workload(p, r.o.Workload)
-	w.Image = res.Digest
+	w.Image = digest
 	if !hasKey(w.Signatures.Required, string(pem)) {
 		w.Signatures.Required = append(w.Signatures.Required, policy.Signer{Key: string(pem)})
 	}
-	if res.Encrypted {
+	if encrypted {
 		w.Encryption = "required"
 	}
 	if r.o.Policy.Template == "" {
 		w.SBOM = policy.SBOM{Required: true, Compare: "normal"}
 	}
-	text, canonical, err := render(p)
+	return nil
+}
+
+// tryPolicy fills in a digest of zeros, so that a policy that can never become
+// valid is refused before anything is built. A template may be incomplete
+// where other workloads wait for their own publication, unless it is signed.
+func (r *run) tryPolicy(p *policy.Policy) error {
+	if err := r.fill(p, r.target.repo.Name()+"@sha256:"+strings.Repeat("0", 64), r.encrypts()); err != nil {
+		return err
+	}
+	if r.o.Policy.Template != "" && r.policySigner == nil {
+		return nil
+	}
+	if err := p.Validate(); err != nil {
+		return cause.New(cause.Usage, "the policy would not be valid: %w", err)
+	}
+	return nil
+}
+
+// writePolicy writes the filled-in policy, and its signed form where a key was
+// given.
+func (r *run) writePolicy(p *policy.Policy, res *Result) error {
+	if err := r.fill(p, res.Digest, res.Encrypted); err != nil {
+		return err
+	}
+	text, err := render(p)
 	if err != nil {
+		return err
+	}
+	// What a person reviews must be what is signed, so that is read back.
+	again, err := policy.DecodeYAML(text)
+	switch {
+	case err == nil:
+	case r.o.Policy.Template != "" && r.policySigner == nil:
+		res.PolicyIncomplete = err.Error()
+	default:
 		return err
 	}
 	if err := renameio.WriteFile(r.o.Policy.Out, text, 0o644); err != nil {
@@ -186,9 +222,9 @@ func (r *run) writePolicy(p *policy.Policy, res *Result) error {
 	if r.policySigner == nil {
 		return nil
 	}
-	envelope, err := dsse.Sign(policy.PayloadType, canonical, r.policySigner)
+	envelope, err := policy.Sign(again, r.policySigner)
 	if err != nil {
-		return cause.New(cause.PublishFailed, "sign policy: %w", err)
+		return cause.Wrap(cause.PublishFailed, err)
 	}
 	res.PolicySigned = r.o.Policy.SignedOut
 	if res.PolicySigned == "" {
@@ -197,29 +233,35 @@ func (r *run) writePolicy(p *policy.Policy, res *Result) error {
 	return failedIf(cause.StorageFailed, "signed policy", renameio.WriteFile(res.PolicySigned, envelope, 0o644))
 }
 
-// render gives a policy as YAML in document order and as RFC 8785 JSON.
-func render(p *policy.Policy) (text, canonical []byte, err error) {
+// render gives a policy as YAML, its fields in the order of the document type.
+func render(p *policy.Policy) ([]byte, error) {
 	raw, err := encode(p)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	var ordered yaml.MapSlice
 	if err := yaml.UnmarshalWithOptions(raw, &ordered, yaml.UseOrderedMap()); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if text, err = yaml.MarshalWithOptions(ordered, yaml.UseLiteralStyleIfMultiline(true), yaml.IndentSequence(true)); err != nil {
-		return nil, nil, err
+	return yaml.MarshalWithOptions(ordered, yaml.IndentSequence(true), yaml.UseLiteralStyleIfMultiline(true), yaml.CustomMarshaler(scalar))
+}
+
+// Strings that no YAML reader takes for anything else, and blocks of text such
+// as keys; all others are written in quotes.
+var (
+	plainScalar = regexp.MustCompile(`^[A-Za-z/][A-Za-z0-9._/@-]*(:[A-Za-z0-9./@-]+)*$`)
+	block       = regexp.MustCompile(`^([!-~]([ -~]*[!-~])?\n)+$`)
+	notText     = []string{"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
+)
+
+func scalar(s string) ([]byte, error) {
+	switch {
+	case plainScalar.MatchString(s) && !slices.Contains(notText, strings.ToLower(s)):
+		return []byte(s), nil
+	case block.MatchString(s):
+		return []byte("|\n  " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n  ") + "\n"), nil
 	}
-	// What a person reviews must be what is signed.
-	var again policy.Policy
-	if err := release.DecodeYAML(text, &again, policy.MaxSize); err != nil {
-		return nil, nil, cause.New(cause.Internal, "policy does not survive YAML: %w", err)
-	}
-	if raw, err = json.Marshal(&again); err != nil {
-		return nil, nil, err
-	}
-	canonical, err = jcs.Transform(raw)
-	return text, canonical, err
+	return encode(s)
 }
 
 func hasKey(signers []policy.Signer, pem string) bool {

@@ -6,9 +6,11 @@ import (
 	"crypto/cipher"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +29,6 @@ import (
 	"go.podman.io/image/v5/types"
 
 	"github.com/cc-runtime/cvm-agent/policy"
-	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse"
@@ -226,8 +227,8 @@ func checkPolicy(t *testing.T, res *Result, encryption string) *policy.Policy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var p policy.Policy
-	if err := release.DecodeYAML(text, &p, policy.MaxSize); err != nil {
+	p, err := policy.DecodeYAML(text)
+	if err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
 	w := p.Workloads[0]
@@ -235,7 +236,7 @@ func checkPolicy(t *testing.T, res *Result, encryption string) *policy.Policy {
 		t.Errorf("policy is not filled in:\n%s", text)
 	}
 	if res.PolicySigned == "" {
-		return &p
+		return p
 	}
 	signed, err := os.ReadFile(res.PolicySigned)
 	if err != nil {
@@ -245,11 +246,11 @@ func checkPolicy(t *testing.T, res *Result, encryption string) *policy.Policy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pem, err := parts.keys.PEM()
+	public, err := parts.keys.PEM()
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys, err := dsse.ParsePublicKeysPEM([]byte(pem))
+	keys, err := dsse.ParsePublicKeysPEM([]byte(public))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +260,7 @@ func checkPolicy(t *testing.T, res *Result, encryption string) *policy.Policy {
 	if !strings.Contains(string(e.Payload), res.Digest) {
 		t.Errorf("signed policy does not name %s", res.Digest)
 	}
-	return &p
+	return p
 }
 
 // memoryBroker is the admin side of a broker, in memory.
@@ -308,17 +309,30 @@ func (b *memoryBroker) PutRule(_ context.Context, uri string, rule adminclient.R
 	return nil
 }
 
+// certificate is a file with some certificate, for policies that name roots.
+func certificate(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	path := filepath.Join(t.TempDir(), "ca.pem")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(path, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // brokered makes o's key go to b.
-func brokered(o *Options, b *memoryBroker) {
+func brokered(t *testing.T, o *Options, b *memoryBroker) {
 	o.Encrypt = true
-	o.Broker = BrokerOptions{URL: "https://broker.test", CAFile: parts.keys.Public, TokenFile: parts.keys.Public}
+	o.Broker = BrokerOptions{URL: "https://broker.test", CAFile: certificate(t), TokenFile: parts.keys.Public}
 	o.openBroker = func() (keyBroker, error) { return b, nil }
 }
 
 func TestPublishEncryptedReleasesItsKeyToItsPolicyAlone(t *testing.T) {
 	o := testOptions(t, "encrypted")
 	b := newMemoryBroker()
-	brokered(&o, b)
+	brokered(t, &o, b)
 	o.Policy = PolicyOptions{Out: filepath.Join(t.TempDir(), "policy.yaml"), SignKey: parts.keys.Private, Name: "app", Platforms: []string{"tpm"}, TokenKeys: []string{parts.keys.Public}}
 	res, err := Run(t.Context(), o)
 	if err != nil {
@@ -432,7 +446,7 @@ func TestLesson39_EncryptionSilentlyIgnored(t *testing.T) {
 		t.Run(sentence, func(t *testing.T) {
 			o := testOptions(t, "lesson39")
 			b := newMemoryBroker()
-			brokered(&o, b)
+			brokered(t, &o, b)
 			_, err := publish(t.Context(), o, c)
 			if cause.Of(err) != cause.PublishCheckFailed {
 				t.Fatalf("%v, expected %s", err, cause.PublishCheckFailed)

@@ -81,15 +81,15 @@ func publish(ctx context.Context, o Options, c copier) (res *Result, err error) 
 		return nil, err
 	}
 	r := &run{o: &o, target: t, copier: c}
+	if r.signer, err = loadSigner(o.KeyFile, o.Password); err != nil {
+		return nil, err
+	}
 	doc, err := r.preparePolicy()
 	if err != nil {
 		return nil, err
 	}
 	keys, err := r.preparedBroker()
 	if err != nil {
-		return nil, err
-	}
-	if r.signer, err = loadSigner(o.KeyFile, o.Password); err != nil {
 		return nil, err
 	}
 	if r.work, err = os.MkdirTemp(o.TempDir, "cvmctl-publish-"); err != nil {
