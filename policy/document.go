@@ -19,16 +19,16 @@ const MaxSize = 1 << 20
 // Policy is the launch policy document. Written as YAML, signed as JSON
 // (RFC 8785). Every field is decoded strictly.
 type Policy struct {
-	APIVersion     string     `json:"apiVersion" jsonschema:"const=cvm-agent.policy/v1"`
-	Name           string     `json:"name"`                     // what upgrades must keep; DNS label, ≤ 63 bytes
-	Version        uint64     `json:"version"`                  // ≥ 1, only ever higher
-	MinimumVersion uint64     `json:"minimumVersion,omitempty"` // lowest version that a rollback or an older policy may have
-	Expires        string     `json:"expires"`                  // RFC 3339, UTC
-	NextSigners    *SignerSet `json:"nextSigners,omitempty"`    // rotation: the set that signs the next versions; signed by old and new
-	Platforms      []Platform `json:"platforms"`                // allowed platforms
+	APIVersion     string     `json:"apiVersion" jsonschema:"enum=cvm-agent.policy/v1"`
+	Name           string     `json:"name" jsonschema:"pattern=^[a-z0-9]([-a-z0-9]*[a-z0-9])?$,maxLength=63"` // what upgrades must keep; DNS label, ≤ 63 bytes
+	Version        uint64     `json:"version" jsonschema:"minimum=1"`                                         // ≥ 1, only ever higher
+	MinimumVersion uint64     `json:"minimumVersion,omitempty"`                                               // lowest version that a rollback or an older policy may have
+	Expires        string     `json:"expires" jsonschema:"format=date-time"`                                  // RFC 3339, UTC
+	NextSigners    *SignerSet `json:"nextSigners,omitempty"`                                                  // rotation: the set that signs the next versions; signed by old and new
+	Platforms      []Platform `json:"platforms" jsonschema:"minItems=1,uniqueItems=true"`                     // allowed platforms
 	Broker         *Broker    `json:"broker,omitempty"`
 	Registries     []Registry `json:"registries,omitempty"` // how to reach registries; hosts not listed: HTTPS with system roots
-	Workloads      []Workload `json:"workloads"`
+	Workloads      []Workload `json:"workloads" jsonschema:"minItems=1"`
 	Upgrade        Upgrade    `json:"upgrade,omitzero"`
 	Control        Control    `json:"control,omitzero"`
 	Log            Log        `json:"log,omitzero"`
@@ -36,8 +36,8 @@ type Policy struct {
 
 // SignerSet is a threshold of public keys.
 type SignerSet struct {
-	Threshold int      `json:"threshold"`
-	Keys      []string `json:"keys"` // PEM SPKI: ECDSA P-256, Ed25519 or RSA ≥ 2048
+	Threshold int      `json:"threshold" jsonschema:"minimum=1"` // distinct keys that must sign
+	Keys      []string `json:"keys" jsonschema:"minItems=1"`     // PEM SPKI: ECDSA P-256, Ed25519 or RSA ≥ 2048
 }
 
 // Platform is a KBS TEE name.
@@ -54,11 +54,11 @@ const (
 
 // Broker is the key broker that the agent may talk to, and how it is known.
 type Broker struct {
-	URL       string   `json:"url"`               // https://host[:port]
-	TLSRoots  []string `json:"tlsRoots"`          // PEM certificates; nothing else is trusted
-	Dialect   string   `json:"dialect,omitempty"` // "cvm-agent/1" (default) or "kbs"
-	TokenKeys []string `json:"tokenKeys"`         // PEM SPKI of keys that sign tokens and version marks
-	Accept    []string `json:"accept,omitempty"`  // promises given up by name under dialect kbs, e.g. "no-event-log", "no-version-mark"
+	URL       string   `json:"url" jsonschema:"pattern=^https://"`                                                     // https://host[:port]
+	TLSRoots  []string `json:"tlsRoots" jsonschema:"minItems=1"`                                                       // PEM certificates; nothing else is trusted
+	Dialect   string   `json:"dialect,omitempty" jsonschema:"enum=cvm-agent/1,enum=kbs"`                               // "cvm-agent/1" (default) or "kbs"
+	TokenKeys []string `json:"tokenKeys" jsonschema:"minItems=1"`                                                      // PEM SPKI of keys that sign tokens and version marks
+	Accept    []string `json:"accept,omitempty" jsonschema:"enum=no-event-log,enum=no-version-mark,enum=no-tombstone"` // promises given up by name under dialect kbs: no-version-mark, no-tombstone, and no-event-log on snp and tpm
 }
 
 // Registry says how one registry host is reached. It never changes what is
@@ -73,11 +73,11 @@ type Registry struct {
 
 // Workload is one container.
 type Workload struct {
-	Name       string      `json:"name"`  // DNS label
-	Image      string      `json:"image"` // repository@sha256:…; a tag alone is refused
+	Name       string      `json:"name" jsonschema:"pattern=^[a-z0-9]([-a-z0-9]*[a-z0-9])?$,maxLength=63"` // DNS label
+	Image      string      `json:"image" jsonschema:"pattern=^[^@]+@sha256:[0-9a-f]{64}$"`                 // host/repository@sha256:…; a tag is refused
 	Signatures Signatures  `json:"signatures"`
 	SBOM       SBOM        `json:"sbom"`
-	Encryption string      `json:"encryption"` // "required", "optional" or "forbidden"
+	Encryption string      `json:"encryption" jsonschema:"enum=required,enum=optional,enum=forbidden"` // "required", "optional" or "forbidden"
 	Limits     ImageLimits `json:"limits,omitzero"`
 	Run        Run         `json:"run,omitzero"`
 }
@@ -85,7 +85,7 @@ type Workload struct {
 // Signatures says who must have signed the image: all of the entries (each by
 // at least one valid signature).
 type Signatures struct {
-	Required []Signer `json:"required"` // at least one
+	Required []Signer `json:"required" jsonschema:"minItems=1"` // at least one
 }
 
 // Signer is exactly one of: an inline key, a key held by the broker with its
@@ -107,8 +107,8 @@ type Keyless struct {
 // SBOM is the rule on the image's software bill of materials.
 type SBOM struct {
 	Required bool     `json:"required"`
-	Signers  []Signer `json:"signers,omitempty"` // empty: those of Signatures
-	Compare  string   `json:"compare,omitempty"` // "none", "normal" (default when required) or "strict" (every regular file covered)
+	Signers  []Signer `json:"signers,omitempty"`                                                // empty: those of Signatures
+	Compare  string   `json:"compare,omitempty" jsonschema:"enum=none,enum=normal,enum=strict"` // "none", "normal" (default when required) or "strict" (every regular file covered)
 }
 
 // ImageLimits bounds an image; zero means the default of the agent.
@@ -129,12 +129,12 @@ type Run struct {
 	User         string            `json:"user,omitempty"`    // uid[:gid] or name
 	WorkingDir   string            `json:"workingDir,omitempty"`
 	WritableRoot bool              `json:"writableRoot,omitempty"`
-	Capabilities []string          `json:"capabilities,omitempty"` // CAP_…; CAP_SYS_ADMIN and CAP_SYS_RAWIO are refused
-	Network      string            `json:"network,omitempty"`      // "bridge" (default) or "none"
+	Capabilities []string          `json:"capabilities,omitempty"`                               // CAP_…; all that reach beyond the container, such as CAP_SYS_ADMIN and CAP_SYS_RAWIO, are refused
+	Network      string            `json:"network,omitempty" jsonschema:"enum=bridge,enum=none"` // "bridge" (default) or "none"
 	Ports        []Port            `json:"ports,omitempty"`
 	Mounts       []Mount           `json:"mounts,omitempty"`
 	Resources    Resources         `json:"resources,omitzero"`
-	Restart      string            `json:"restart,omitempty"` // "no" (default), "on-failure" or "always"
+	Restart      string            `json:"restart,omitempty" jsonschema:"enum=no,enum=on-failure,enum=always"` // "no" (default), "on-failure" or "always"
 	StopTimeout  Duration          `json:"stopTimeout,omitempty"`
 	HealthCheck  *HealthCheck      `json:"healthCheck,omitempty"`
 }
@@ -142,21 +142,21 @@ type Run struct {
 // Secret is a broker resource delivered as the file /run/secrets/NAME.
 type Secret struct {
 	Name     string `json:"name"`
-	Resource string `json:"resource"`       // kbs:///repository/type/tag
-	Mode     string `json:"mode,omitempty"` // octal, default "0400"
+	Resource string `json:"resource"`                                                  // kbs:///repository/type/tag
+	Mode     string `json:"mode,omitempty" jsonschema:"enum=0400,enum=0440,enum=0444"` // octal and quoted, default "0400"
 }
 
 // Port publishes a container port.
 type Port struct {
-	Container uint16 `json:"container"`
-	Host      uint16 `json:"host,omitempty"`     // default: Container
-	HostIP    string `json:"hostIP,omitempty"`   // default: all addresses
-	Protocol  string `json:"protocol,omitempty"` // "tcp" (default) or "udp"
+	Container uint16 `json:"container" jsonschema:"minimum=1"`
+	Host      uint16 `json:"host,omitempty"`                                    // default: Container
+	HostIP    string `json:"hostIP,omitempty"`                                  // default: all addresses
+	Protocol  string `json:"protocol,omitempty" jsonschema:"enum=tcp,enum=udp"` // "tcp" (default) or "udp"
 }
 
 // Mount is a tmpfs or a named volume. Host paths cannot be mounted.
 type Mount struct {
-	Type     string `json:"type"` // "tmpfs" or "volume"
+	Type     string `json:"type" jsonschema:"enum=tmpfs,enum=volume"` // "tmpfs" or "volume"
 	Target   string `json:"target"`
 	Name     string `json:"name,omitempty"` // volume name
 	Size     uint64 `json:"size,omitempty"` // bytes, tmpfs
@@ -183,18 +183,18 @@ type HealthCheck struct {
 
 // HTTPCheck expects a status of 200–399 from the container's port.
 type HTTPCheck struct {
-	Port uint16 `json:"port"` // container port
+	Port uint16 `json:"port" jsonschema:"minimum=1"` // container port
 	Path string `json:"path,omitempty"`
 }
 
 // TCPCheck expects the container's port to accept a connection.
 type TCPCheck struct {
-	Port uint16 `json:"port"`
+	Port uint16 `json:"port" jsonschema:"minimum=1"`
 }
 
 // Upgrade holds the strategy and the deadlines of phases.
 type Upgrade struct {
-	Strategy  string    `json:"strategy,omitempty"` // "replace" (default): stop the old one, start the new one
+	Strategy  string    `json:"strategy,omitempty" jsonschema:"enum=replace"` // "replace" (default): stop the old one, start the new one
 	Deadlines Deadlines `json:"deadlines,omitzero"`
 }
 
@@ -218,11 +218,11 @@ type Control struct {
 
 // OrderKey may sign the named orders.
 type OrderKey struct {
-	Key    string   `json:"key"`    // PEM SPKI
-	Orders []string `json:"orders"` // "upgrade", "destroy"
+	Key    string   `json:"key"`                                                      // PEM SPKI
+	Orders []string `json:"orders" jsonschema:"minItems=1,enum=upgrade,enum=destroy"` // "upgrade", "destroy"
 }
 
 // Log is what may leave the workload as log.
 type Log struct {
-	Workload string `json:"workload,omitempty"` // "journal" (default) or "none"
+	Workload string `json:"workload,omitempty" jsonschema:"enum=journal,enum=none"` // "journal" (default) or "none"
 }
