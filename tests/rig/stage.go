@@ -70,22 +70,26 @@ func (r *Rig) NewStage(ctx context.Context, told func(part string)) (*Stage, err
 //go:embed policy.yaml.tmpl
 var policyTemplate string
 
-// PolicyWorkload is one workload of Template. Publish fills in image and keys.
+// PolicyWorkload is one workload of Template. Its image and SBOM are to be
+// signed by the stage's Signer.
 type PolicyWorkload struct {
 	Name       string
+	Image      string // repository@sha256:…; may be left to Publish
 	Encryption string // "" is forbidden
+	Compare    string // "" is strict
 	Port       uint16
 	Extra      string // further lines under run:, not indented
 }
 
 // Template writes a policy named name for this stage's registry and broker,
-// for `cvmctl publish --policy-template` to complete, and returns its path.
+// complete or for `cvmctl publish --policy-template` to complete, and returns
+// its path.
 func (s *Stage) Template(name string, workloads ...PolicyWorkload) (string, error) {
 	data := map[string]any{
 		"Name": name, "Workloads": workloads, "Registry": s.Registry.Host, "BrokerURL": s.Broker.URL,
 		"Expires": time.Now().Add(24 * time.Hour).UTC().Format(time.RFC3339),
 	}
-	for field, file := range map[string]string{"BrokerCA": s.Broker.CA, "TokenKey": s.Broker.TokenKey} {
+	for field, file := range map[string]string{"BrokerCA": s.Broker.CA, "TokenKey": s.Broker.TokenKey, "SignerKey": s.Signer.Public} {
 		pem, err := os.ReadFile(file)
 		if err != nil {
 			return "", err
