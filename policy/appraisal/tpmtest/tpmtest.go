@@ -274,3 +274,13 @@ func write(t testing.TB, path, text string) {
 		t.Fatal(err)
 	}
 }
+
+// Read returns the value of a PCR, 32 bytes.
+func (p *TPM) Read(pcr int) []byte {
+	p.t.Helper()
+	b, err := hex.DecodeString(p.pcrs()[pcr])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return b
+}
