@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -40,15 +40,16 @@ type Agent struct {
 	podmanMu sync.Mutex
 	podmanAt Podman
 
-	mu      sync.Mutex // guards what follows
-	state   string
-	running *generation // what runs; replaced by an upgrade
-	former  *generation // what a confirmed upgrade replaced, until it is cleared away
-	shown   *generation // what status shows as the policy
-	claims  *Claims
-	health  map[string]string // workload → why it is unhealthy now
-	current *order
-	lastErr error
+	mu           sync.Mutex // guards what follows
+	state        string
+	running      *generation // what runs; replaced by an upgrade
+	former       *generation // what a confirmed upgrade replaced, until it is cleared away
+	shown        *generation // what status shows as the policy
+	platformName policy.Platform
+	claims       *Claims
+	health       map[string]string // workload → why it is unhealthy now
+	current      *order
+	lastErr      error
 }
 
 // Options of an Agent.
@@ -85,6 +86,9 @@ func (a *Agent) Run(ctx context.Context, l *net.UnixListener) error {
 	defer func() {
 		cancel()
 		<-served
+		if a.log != nil {
+			_ = a.log.Close()
+		}
 		if a.platform != nil {
 			_ = a.platform.Close()
 		}
@@ -220,8 +224,8 @@ func (a *Agent) Status() control.Status {
 	if g := a.shown; g != nil {
 		p := g.policy()
 		st.Policy = &control.Policy{Name: p.Name, Version: p.Version, Digest: g.verified.Digest, Expires: p.Expires, Signers: g.verified.Signers}
-		st.Platform = string(a.platform.Name())
-		st.EventLog = &control.Log{Register: a.log.Register(), Events: a.log.State().Events}
+		st.Platform = string(a.platformName)
+		st.EventLog = &control.Log{Register: a.platform.Register(), Events: len(a.log.Events())}
 		if p.Broker != nil {
 			st.Broker = &control.Broker{URL: p.Broker.URL}
 			if c := a.claims; c != nil {
@@ -307,16 +311,6 @@ func (a *Agent) notifyState() {
 		text += fmt.Sprintf(", %d workloads unhealthy", len(a.health))
 	}
 	a.manager.notify("STATUS=" + text)
-}
-
-// prepare makes the directories that the agent owns.
-func prepare(c Config) error {
-	for _, dir := range []string{c.StateDir, c.RunDir} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return cause.New(cause.StorageFailed, "create %s: %w", dir, err)
-		}
-	}
-	return nil
 }
 
 var _ control.Agent = (*Agent)(nil)

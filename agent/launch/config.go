@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -122,6 +123,16 @@ func (c Config) check() error {
 	}
 	if c.SocketGroup == "" {
 		return cause.New(cause.Config, "socketGroup is empty")
+	}
+	return nil
+}
+
+// prepare makes the directories that the agent owns.
+func prepare(c Config) error {
+	for _, dir := range []string{c.StateDir, c.RunDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return cause.New(cause.StorageFailed, "create %s: %w", dir, err)
+		}
 	}
 	return nil
 }

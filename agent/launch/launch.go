@@ -8,14 +8,14 @@ import (
 	"slices"
 	"time"
 
-	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
 // maxInitdata bounds the initdata document, in bytes.
-const maxInitdata = control.MaxOrder
+const maxInitdata = policy.MaxInitdata
 
 // launch is the life of the guest from its policy to its running workloads.
 func (a *Agent) launch(ctx context.Context) error {
@@ -67,11 +67,17 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 	if a.log, err = a.platform.Log(ctx); err != nil {
 		return err
 	}
-	if err := a.resume(ctx, g); err != nil {
+	first, err := a.resume(g)
+	if err != nil {
 		return err
 	}
-	if name := a.platform.Name(); !slices.Contains(g.policy().Platforms, name) {
-		return cause.New(cause.PlatformNotAllowed, "this platform is %s, the policy allows %v", name, g.policy().Platforms)
+	if err := a.allow(g); err != nil {
+		return err
+	}
+	if first != nil {
+		if err := a.log.AppendOnce(ctx, *first); err != nil {
+			return err
+		}
 	}
 	if a.secrets, err = a.world.Secrets(); err != nil {
 		return err
@@ -84,38 +90,51 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 	return a.open(g)
 }
 
+// allow holds the platform against the policy's list.
+func (a *Agent) allow(g *generation) error {
+	name, err := a.platform.Allow(g.policy().Platforms)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.platformName = name
+	return nil
+}
+
 // resume settles what the log says of an earlier run of the daemon in this
-// boot. The last committed policy is what runs: after an upgrade that is not
-// the initdata's, and its document is taken from the run directory only when
-// its digest is the committed one.
-func (a *Agent) resume(ctx context.Context, g *generation) error {
+// boot, and returns the event that comes next, if any. The last committed
+// policy is what runs: after an upgrade that is not the initdata's, and its
+// document is taken from the run directory only when its digest is the
+// committed one.
+func (a *Agent) resume(g *generation) (*eventlog.Event, error) {
 	state := a.log.State()
 	switch {
 	case state.Destroyed:
-		return cause.New(cause.Destroyed, "the event log says that this instance is destroyed")
+		return nil, cause.New(cause.Destroyed, "the event log says that this instance is destroyed")
 	case state.Digest == "":
-		return a.log.Append(ctx, g.event(KindPolicy))
+		e := g.event(eventlog.KindPolicy, "")
+		return &e, nil
 	}
 	if state.Digest != g.verified.Digest {
 		committed, err := bounded.ReadFile(a.committedPath(), maxInitdata)
 		if err != nil {
-			return cause.New(cause.EventLogDiverged, "the event log commits policy %s, whose document cannot be read: %w", state.Digest, err)
+			return nil, cause.New(cause.EventLogDiverged, "the event log commits policy %s, whose document cannot be read: %w", state.Digest, err)
 		}
 		verified, err := a.world.Policy(committed, a.now())
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if verified.Digest != state.Digest {
-			return cause.New(cause.EventLogDiverged, "the event log commits policy %s, the run directory has %s", state.Digest, verified.Digest)
+			return nil, cause.New(cause.EventLogDiverged, "the event log commits policy %s, the run directory has %s", state.Digest, verified.Digest)
 		}
 		g.verified, g.initdata = verified, committed
 	}
-	if state.Staged != "" { // an upgrade was cut short before its commit
-		e := g.event(KindRolledBack)
-		e.Reason = "restart"
-		return a.log.Append(ctx, e)
+	if staged := state.Staged; staged != nil { // an upgrade was cut short before its commit
+		return &eventlog.Event{Kind: eventlog.KindRolledBack, Policy: staged.Policy, PolicyDigest: staged.Digest,
+			PolicyVersion: staged.Version, Reason: "restart"}, nil
 	}
-	return nil
+	return nil, nil
 }
 
 // clearOld removes the containers of an earlier run. Keeping them would be

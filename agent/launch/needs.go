@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy"
 )
@@ -18,50 +19,45 @@ type World interface {
 	Platform(ctx context.Context, initdata []byte) (Platform, error)
 	// Policy verifies the policy in an initdata document. now is the guest's
 	// clock: provisional until the broker's time is known.
-	Policy(initdata []byte, now time.Time) (*Verified, error)
+	Policy(initdata []byte, now time.Time) (*policy.Verified, error)
 	// Order verifies an upgrade's policy (an initdata document or a DSSE
 	// envelope) against the running one, and returns it with the initdata form
 	// that Policy reads again after a restart of the daemon.
-	Order(order []byte, running *Verified, runningInitdata []byte, now time.Time) (next *Verified, initdata []byte, err error)
+	Order(order []byte, running *policy.Verified, runningInitdata []byte, now time.Time) (next *policy.Verified, initdata []byte, err error)
 	// Broker returns the client of the policy's broker. initdata is that of the
 	// launch, also after an upgrade: the evidence is bound to it.
-	Broker(v *Verified, initdata []byte, p Platform, l Log) (Broker, error)
-	// Images returns the image client that the policy's registries need.
-	Images(v *Verified) (Images, error)
+	Broker(v *policy.Verified, initdata []byte, p Platform, l Log) (Broker, error)
+	// Images returns the image client that the policy's registries need. onWait
+	// hears while a registry does not answer.
+	Images(v *policy.Verified, onWait func(err error, next time.Duration)) (Images, error)
 	// Podman connects to podman's service, telling onWait while it does not answer.
 	Podman(ctx context.Context, onWait func(err error, next time.Duration)) (Podman, error)
-	// Regenerate scans the file system tree at root in the sandbox and compares
+	// Regenerate scans the image, mounted at root, in the sandbox and compares
 	// the outcome with the signed SBOM. The detail is one line for status.
-	Regenerate(ctx context.Context, root string, signed []byte, rule policy.SBOM) (detail string, err error)
+	Regenerate(ctx context.Context, stored Stored, root string, signed []byte, rule policy.SBOM) (detail string, err error)
 	// Secrets opens the tmpfs directory for the workloads' secrets.
 	Secrets() (Secrets, error)
 }
 
 // Platform is the opened TEE or TPM.
 type Platform interface {
-	Name() policy.Platform
+	// Allow returns which platform this is, if it is one of the allowed.
+	Allow(allowed []policy.Platform) (policy.Platform, error)
 	// Log opens the event log: it replays to the register, or fails closed.
 	Log(ctx context.Context) (Log, error)
+	Register() string // name of the register, for status
 	Close() error
 }
 
-// Log is the event log with its register.
+// Log is the event log with its register; see package eventlog.
 type Log interface {
-	// Append makes the event durable and extends the register, exactly once.
-	Append(ctx context.Context, e Event) error
-	State() LogState
-	Register() string // name of the register, for status
-}
-
-// LogState is what the log says so far.
-type LogState struct {
-	Events    int
-	Policy    string // name of the last committed policy; "" before the first
-	Version   uint64
-	Digest    string            // of the last committed policy, sha256:…
-	Images    map[string]string // workload → repository@sha256:… of the last committed policy
-	Staged    string            // digest of a policy that is staged and neither committed nor rolled back
-	Destroyed bool
+	// AppendOnce makes the event durable and extends the register, exactly
+	// once: an event that has its effect already is left as it is.
+	AppendOnce(ctx context.Context, e eventlog.Event) error
+	State() eventlog.State
+	Events() []eventlog.Event
+	Bytes() []byte
+	Close() error
 }
 
 // Broker opens sessions: each with a new nonce, key pair and quote.

@@ -10,6 +10,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -43,9 +44,19 @@ func (a *Agent) Upgrade(ctx context.Context, body []byte) error {
 	if err != nil {
 		return err
 	}
-	err = a.upgrade(ctx, body)
+	err = withPhase(a.upgrade(ctx, body))
 	a.finish(o, err, nil)
 	return err
+}
+
+// withPhase keeps the phase in the text of an order's outcome, which travels
+// with its cause beside it.
+func withPhase(err error) error {
+	var p *PhaseError
+	if !errors.As(err, &p) {
+		return err
+	}
+	return cause.New(cause.Of(err), "%s: %s", p.at(), textOf(p.Err))
 }
 
 // Destroy carries out the destroy order to its outcome.
@@ -143,7 +154,7 @@ func (a *Agent) checkLatch() error {
 func (a *Agent) destroy(ctx context.Context) error {
 	s := a.sequence(ctx, "destroy")
 	a.mu.Lock()
-	g, generations := a.running, []*generation{a.running, a.former}
+	generations := []*generation{a.running, a.former}
 	a.mu.Unlock()
 
 	s.run("latch", localDeadline, func(context.Context, *step) error {
@@ -154,14 +165,14 @@ func (a *Agent) destroy(ctx context.Context) error {
 	})
 	s.run("measure", localDeadline, func(ctx context.Context, st *step) error {
 		switch {
-		case a.log == nil || g == nil:
-			st.skipped("there is no event log in this run")
+		case a.log == nil:
+			st.skipped("the event log was not opened in this run")
 			return nil
 		case a.log.State().Destroyed:
 			st.skipped("it is in the event log")
 			return nil
 		}
-		return a.log.Append(ctx, g.event(KindDestroy))
+		return a.log.AppendOnce(ctx, eventlog.Event{Kind: eventlog.KindDestroy, Reason: "ordered"})
 	})
 	// What cannot be removed does not keep the rest: each part is tried, and
 	// what remains is named.

@@ -21,16 +21,15 @@ func TestUpgrade(t *testing.T) {
 	if got := w.log.kinds(); got != "policy image policy-staged image-staged committed" {
 		t.Errorf("events %q", got)
 	}
-	if len(w.images) != 1 || !w.images["r.example/web@sha256:2"] {
+	if len(w.images) != 1 || !w.images[imageOf("web", 2)] {
 		t.Errorf("images %v", w.images)
 	}
-	if st := a.Status(); st.State != control.StateReady || st.Policy.Version != 2 || st.Workloads[0].Image != "r.example/web@sha256:2" {
+	if st := a.Status(); st.State != control.StateReady || st.Policy.Version != 2 || st.Workloads[0].Image != imageOf("web", 2) {
 		t.Errorf("%+v", st)
 	}
 
 	t.Run("after a restart of the daemon the committed policy runs", func(t *testing.T) {
 		again, _ := newTestAgent(t, w, strings.TrimSuffix(a.config.StateDir, "/state"))
-		w.log.state.Images = map[string]string{"web": "r.example/web@sha256:2"}
 		if err := again.launch(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +87,7 @@ func TestUpgradeFailures(t *testing.T) {
 		"a version that does not start is rolled back":  {"start web-v2", "workload-start-failed", "policy-staged image-staged committed rolled-back", cause.UpgradeRolledBack, control.StateReady, "cvm-shop-web-v1"},
 		"a version that is unhealthy is rolled back":    {"healthy web-v2", "workload-unhealthy", "policy-staged image-staged committed rolled-back", cause.UpgradeRolledBack, control.StateReady, "cvm-shop-web-v1"},
 		"without the commit in the log nothing swaps":   {"append committed ", "eventlog-write-failed", "policy-staged image-staged rolled-back", cause.EventLogWrite, control.StateReady, "cvm-shop-web-v1"},
-		"an old version that does not come back either": {"healthy", "workload-unhealthy", "policy-staged image-staged committed", cause.RollbackFailed, control.StateFailed, "cvm-shop-web-v1"},
+		"an old version that does not come back either": {"healthy", "workload-unhealthy", "policy-staged image-staged committed rolled-back", cause.RollbackFailed, control.StateFailed, "cvm-shop-web-v1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, w, _ := launched(t)
@@ -135,7 +134,7 @@ func TestUpgradeFailures(t *testing.T) {
 		w.fail["healthy web-v2"] = func() error {
 			_ = w.podman.Remove(t.Context(), "cvm-shop-web-v1")
 			w.mu.Lock()
-			delete(w.images, "r.example/web@sha256:1")
+			delete(w.images, imageOf("web", 1))
 			w.mu.Unlock()
 			return cause.New(cause.WorkloadUnhealthy, "no")
 		}

@@ -2,6 +2,7 @@ package launch
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -75,6 +76,18 @@ func (s *step) set(outcome, text string) {
 	}
 	s.phase.Outcome, s.phase.Text = outcome, text
 	s.r.emit(s.phase)
+}
+
+// waiting shows a wait in every phase under way that has one of the names.
+func (r *recorder) waiting(names []string, text string) {
+	r.mu.Lock()
+	steps := slices.Clone(r.phases)
+	r.mu.Unlock()
+	for _, s := range steps {
+		if slices.Contains(names, s.phase.Name) { // the name never changes
+			s.set(control.Waiting, text)
+		}
+	}
 }
 
 func (s *step) end(err error) {

@@ -21,11 +21,15 @@ type PhaseError struct {
 }
 
 func (e *PhaseError) Error() string {
-	at := e.Phase
-	if e.Workload != "" {
-		at += "/" + e.Workload
+	return fmt.Sprintf("%s: %s: %s", e.at(), cause.Of(e.Err), textOf(e.Err))
+}
+
+// at is PHASE or PHASE/WORKLOAD.
+func (e *PhaseError) at() string {
+	if e.Workload == "" {
+		return e.Phase
 	}
-	return fmt.Sprintf("%s: %s: %s", at, cause.Of(e.Err), textOf(e.Err))
+	return e.Phase + "/" + e.Workload
 }
 
 func (e *PhaseError) Unwrap() error { return e.Err }

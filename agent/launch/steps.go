@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -16,7 +17,7 @@ import (
 // generation is one policy with everything that is verified, fetched or
 // running under it.
 type generation struct {
-	verified *Verified
+	verified *policy.Verified
 	initdata []byte // the document that carries this policy
 	broker   Broker // nil when the policy names none
 	images   Images
@@ -48,9 +49,13 @@ const (
 
 func (g *generation) policy() *policy.Policy { return g.verified.Policy }
 
-func (g *generation) event(kind Kind) Event {
-	return Event{Kind: kind, Policy: g.policy().Name, PolicyDigest: g.verified.Digest,
-		PolicyVersion: g.policy().Version, Signers: g.verified.Signers}
+// event is the event of a kind that names the generation's policy.
+func (g *generation) event(kind eventlog.Kind, reason string) eventlog.Event {
+	e := eventlog.Event{Kind: kind, Policy: g.policy().Name, PolicyDigest: g.verified.Digest, PolicyVersion: g.policy().Version, Reason: reason}
+	if kind == eventlog.KindPolicy || kind == eventlog.KindPolicyStaged {
+		e.Signers = g.verified.Signers
+	}
+	return e
 }
 
 // open makes the clients that the generation's policy asks for.
@@ -60,13 +65,19 @@ func (a *Agent) open(g *generation) (err error) {
 			return err
 		}
 	}
-	if g.images, err = a.world.Images(g.verified); err != nil {
+	if g.images, err = a.world.Images(g.verified, a.waitsForRegistry); err != nil {
 		return err
 	}
 	for _, rule := range g.policy().Workloads {
 		g.items = append(g.items, &item{rule: rule})
 	}
 	return nil
+}
+
+// waitsForRegistry shows a wait in the phases that ask registries.
+func (a *Agent) waitsForRegistry(err error, next time.Duration) {
+	a.rec.waiting([]string{"resolve", "signature", "attestation", "fetch"},
+		"waiting for registry: "+textOf(err)+", retry in "+next.Round(100*time.Millisecond).String())
 }
 
 // attest proves the guest to the broker and learns the version mark, the
@@ -188,15 +199,14 @@ func (a *Agent) verify(g *generation, w *item, phase phaseFunc) error {
 
 // measure puts the image into the event log, once.
 func (a *Agent) measure(ctx context.Context, st *step, g *generation, w *item) error {
-	e := g.event(KindImage)
+	e := eventlog.Event{Kind: eventlog.KindImage, Workload: w.rule.Name, Image: w.rule.Image}
 	if g.staged {
-		e = g.event(KindImageStaged)
-	} else if a.log.State().Images[w.rule.Name] == w.rule.Image {
+		e.Kind = eventlog.KindImageStaged
+	} else if running := a.log.State(); slices.Contains(running.Images, eventlog.Image{Workload: e.Workload, Image: e.Image}) {
 		st.progress("measured before the daemon's restart")
 		return nil
 	}
-	e.Workload, e.Image = w.rule.Name, w.rule.Image
-	return a.log.Append(ctx, e)
+	return a.log.AppendOnce(ctx, e)
 }
 
 // fetch gets the keys, the layers and the tree, and compares.
@@ -261,7 +271,7 @@ func (a *Agent) compare(ctx context.Context, st *step, w *item) error {
 	if err != nil {
 		return cause.Wrap(cause.StorageFailed, err)
 	}
-	detail, err := a.world.Regenerate(ctx, root, w.sbom, w.rule.SBOM)
+	detail, err := a.world.Regenerate(ctx, w.stored, root, w.sbom, w.rule.SBOM)
 	if unmountErr := unmount(); err == nil && unmountErr != nil {
 		return cause.New(cause.StorageFailed, "unmount the image: %w", unmountErr)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/renameio/v2"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -36,7 +37,10 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 			return err
 		}
 		st.progress("%s version %d, %s", next.policy().Name, next.policy().Version, next.verified.Digest)
-		if err := a.log.Append(ctx, next.event(KindPolicyStaged)); err != nil {
+		if err := a.allow(next); err != nil {
+			return err
+		}
+		if err := a.log.AppendOnce(ctx, next.event(eventlog.KindPolicyStaged, "")); err != nil {
 			return err
 		}
 		return a.open(next)
@@ -49,7 +53,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 	s.each(next, "measure", localDeadline, func(ctx context.Context, st *step, w *item) error { return a.measure(ctx, st, next, w) })
 	s.together(next, func(w *item, phase phaseFunc) error { return a.fetch(next, w, phase) })
 	if err := s.failed(); err != nil {
-		a.abandon(ctx, next, old)
+		a.abandon(ctx, next, old, err)
 		return err
 	}
 
@@ -58,10 +62,10 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 		if err := renameio.WriteFile(a.committedPath(), next.initdata, 0o600); err != nil {
 			return cause.New(cause.StorageFailed, "keep the policy's document: %w", err)
 		}
-		return a.log.Append(ctx, next.event(KindCommitted))
+		return a.log.AppendOnce(ctx, next.event(eventlog.KindCommitted, ""))
 	})
 	if err := s.failed(); err != nil {
-		a.abandon(ctx, next, old)
+		a.abandon(ctx, next, old, err)
 		return err
 	}
 	s.each(old, "stop", startTime, func(ctx context.Context, st *step, w *item) error { return a.stop(ctx, st, w) })
@@ -101,19 +105,17 @@ func checkNewer(old, next *generation) error {
 }
 
 // abandon gives a staged upgrade up. The old version runs on, untouched.
-func (a *Agent) abandon(ctx context.Context, next, old *generation) {
+func (a *Agent) abandon(ctx context.Context, next, old *generation, why error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
 	if err := errors.Join(a.removeContainers(ctx, next), a.removeImages(ctx, next, old)); err != nil {
 		a.logger.Error("something of the abandoned upgrade is left", "error", err)
 	}
 	next.close()
-	if a.destroying.Load() || a.log.State().Staged == "" {
+	if a.destroying.Load() || a.log.State().Staged == nil {
 		return
 	}
-	e := old.event(KindRolledBack)
-	e.Reason = "not-staged"
-	if err := a.log.Append(ctx, e); err != nil {
+	if err := a.log.AppendOnce(ctx, next.event(eventlog.KindRolledBack, string(cause.Of(why)))); err != nil {
 		a.logger.Error("the abandoned upgrade is not in the event log", "error", err)
 	}
 }
@@ -142,18 +144,16 @@ func (a *Agent) rollback(ctx context.Context, old, next *generation, why error) 
 	defer cancel()
 	s := a.sequence(ctx, "rollback")
 
-	s.run("clear", undoTime, func(ctx context.Context, st *step) error { return a.removeContainers(ctx, next) })
-	s.each(old, "start", a.deadlines(old).Start.Or(startTime), func(ctx context.Context, st *step, w *item) error { return a.restore(ctx, st, w) })
-	s.each(old, "healthy", healthTime(old), func(ctx context.Context, st *step, w *item) error { return a.healthy(ctx, st, old, w) })
-	// The register says what runs: the old one only when it does.
+	s.run("clear", undoTime, func(ctx context.Context, _ *step) error { return a.removeContainers(ctx, next) })
+	// The register says it before the old version starts, as with every start.
 	s.run("measure", localDeadline, func(ctx context.Context, _ *step) error {
 		if err := renameio.WriteFile(a.committedPath(), old.initdata, 0o600); err != nil {
 			return cause.New(cause.StorageFailed, "keep the policy's document: %w", err)
 		}
-		e := old.event(KindRolledBack)
-		e.Reason = string(cause.Of(why))
-		return a.log.Append(ctx, e)
+		return a.log.AppendOnce(ctx, next.event(eventlog.KindRolledBack, string(cause.Of(why))))
 	})
+	s.each(old, "start", a.deadlines(old).Start.Or(startTime), func(ctx context.Context, st *step, w *item) error { return a.restore(ctx, st, w) })
+	s.each(old, "healthy", healthTime(old), func(ctx context.Context, st *step, w *item) error { return a.healthy(ctx, st, old, w) })
 	if err := s.failed(); err != nil {
 		a.swap(old)
 		return cause.New(cause.RollbackFailed, "the upgrade failed (%s) and so did going back (%s)", oneLine(why.Error()), oneLine(err.Error()))

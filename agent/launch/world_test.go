@@ -2,6 +2,8 @@ package launch
 
 import (
 	"context"
+	"crypto"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -29,6 +32,8 @@ type world struct {
 	claims   Claims
 	plain    bool
 	log      *fakeLog
+	logDir   string
+	register register
 	podman   *fakePodman
 	images   map[string]bool // in storage
 	sessions int             // open
@@ -37,7 +42,7 @@ type world struct {
 func newWorld() *world {
 	w := &world{fail: map[string]func() error{}, policies: map[string]*policy.Policy{}, images: map[string]bool{},
 		claims: Claims{HasMark: true, VersionMark: 1, IssuedAt: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), InstanceID: "i-1"}}
-	w.log = &fakeLog{w: w, state: LogState{Images: map[string]string{}}}
+	w.log = &fakeLog{w: w}
 	w.podman = &fakePodman{w: w, containers: map[string]*fakeContainer{}}
 	return w
 }
@@ -67,7 +72,7 @@ func (w *world) Platform(context.Context, []byte) (Platform, error) {
 	return fakePlatform{w}, w.call("platform")
 }
 
-func (w *world) Policy(initdata []byte, _ time.Time) (*Verified, error) {
+func (w *world) Policy(initdata []byte, _ time.Time) (*policy.Verified, error) {
 	if err := w.call("policy"); err != nil {
 		return nil, err
 	}
@@ -75,40 +80,74 @@ func (w *world) Policy(initdata []byte, _ time.Time) (*Verified, error) {
 	if p == nil {
 		return nil, cause.New(cause.PolicySignature, "unknown policy")
 	}
-	return &Verified{Policy: p, Digest: "sha256:" + string(initdata), Signers: []string{"signer"}}, nil
+	return &policy.Verified{Policy: p, Digest: digestOf(string(initdata)), Signers: []string{strings.Repeat("a", 64)}}, nil
 }
 
-func (w *world) Order(order []byte, _ *Verified, _ []byte, now time.Time) (*Verified, []byte, error) {
+func (w *world) Order(order []byte, _ *policy.Verified, _ []byte, now time.Time) (*policy.Verified, []byte, error) {
 	v, err := w.Policy(order, now)
 	return v, order, err
 }
 
-func (w *world) Broker(*Verified, []byte, Platform, Log) (Broker, error) { return fakeBroker{w}, nil }
-func (w *world) Images(*Verified) (Images, error)                        { return fakeImages{w}, nil }
-func (w *world) Secrets() (Secrets, error)                               { return fakeSecrets{w}, nil }
+func (w *world) Broker(*policy.Verified, []byte, Platform, Log) (Broker, error) {
+	return fakeBroker{w}, nil
+}
+func (w *world) Images(*policy.Verified, func(error, time.Duration)) (Images, error) {
+	return fakeImages{w}, nil
+}
+func (w *world) Secrets() (Secrets, error) { return fakeSecrets{w}, nil }
 
 func (w *world) Podman(context.Context, func(error, time.Duration)) (Podman, error) {
 	return w.podman, w.call("podman")
 }
 
-func (w *world) Regenerate(_ context.Context, root string, _ []byte, _ policy.SBOM) (string, error) {
+func (w *world) Regenerate(_ context.Context, _ Stored, root string, _ []byte, _ policy.SBOM) (string, error) {
 	return "equal", w.call("sbom %s", root)
 }
 
 type fakePlatform struct{ w *world }
 
-func (fakePlatform) Name() policy.Platform              { return policy.PlatformTPM }
-func (p fakePlatform) Log(context.Context) (Log, error) { return p.w.log, p.w.call("log") }
-func (fakePlatform) Close() error                       { return nil }
-
-type fakeLog struct {
-	w      *world
-	mu     sync.Mutex
-	events []Event
-	state  LogState
+func (fakePlatform) Allow(allowed []policy.Platform) (policy.Platform, error) {
+	if !slices.Contains(allowed, policy.PlatformTPM) {
+		return "", cause.New(cause.PlatformNotAllowed, "this is tpm")
+	}
+	return policy.PlatformTPM, nil
 }
 
-func (l *fakeLog) Append(_ context.Context, e Event) error {
+func (p fakePlatform) Log(ctx context.Context) (Log, error) {
+	if err := p.w.call("log"); err != nil {
+		return nil, err
+	}
+	if p.w.log.Log != nil {
+		_ = p.w.log.Log.Close() // the former daemon is gone
+	}
+	l, err := eventlog.Open(ctx, p.w.logDir, &p.w.register)
+	if err != nil {
+		return nil, err
+	}
+	p.w.log.Log = l
+	return p.w.log, nil
+}
+func (fakePlatform) Register() string { return "pcr14" }
+func (fakePlatform) Close() error     { return nil }
+
+// register is a PCR.
+type register struct{ value [32]byte }
+
+func (*register) Name() string { return "pcr14" }
+func (*register) Index() int   { return 14 }
+func (r *register) Extend(_ context.Context, digests map[crypto.Hash][]byte) error {
+	r.value = sha256.Sum256(append(r.value[:], digests[crypto.SHA256]...))
+	return nil
+}
+func (r *register) Read(context.Context) ([]byte, error) { return r.value[:], nil }
+
+// fakeLog is the real log, watched.
+type fakeLog struct {
+	w *world
+	*eventlog.Log
+}
+
+func (l *fakeLog) AppendOnce(ctx context.Context, e eventlog.Event) error {
 	l.w.mu.Lock()
 	open := l.w.sessions
 	l.w.mu.Unlock()
@@ -118,32 +157,12 @@ func (l *fakeLog) Append(_ context.Context, e Event) error {
 	if err := l.w.call("append %s %s", e.Kind, e.Workload); err != nil {
 		return err
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.events = append(l.events, e)
-	s := &l.state
-	s.Events++
-	switch e.Kind {
-	case KindPolicy, KindCommitted, KindRolledBack:
-		s.Policy, s.Version, s.Digest, s.Staged = e.Policy, e.PolicyVersion, e.PolicyDigest, ""
-	case KindImage:
-		s.Images[e.Workload] = e.Image
-	case KindPolicyStaged:
-		s.Staged = e.PolicyDigest
-	case KindDestroy:
-		s.Destroyed = true
-	}
-	return nil
+	return l.Log.AppendOnce(ctx, e)
 }
 
-func (l *fakeLog) State() LogState  { l.mu.Lock(); defer l.mu.Unlock(); return l.state }
-func (l *fakeLog) Register() string { return "pcr14" }
-
 func (l *fakeLog) kinds() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	var out []string
-	for _, e := range l.events {
+	for _, e := range l.Events() {
 		out = append(out, string(e.Kind))
 	}
 	return strings.Join(out, " ")
@@ -158,7 +177,7 @@ func (b fakeBroker) Attest(context.Context, func(error, time.Duration)) (Session
 	b.w.mu.Lock()
 	defer b.w.mu.Unlock()
 	b.w.sessions++
-	return &fakeSession{w: b.w, extends: len(b.w.log.events)}, nil
+	return &fakeSession{w: b.w, extends: len(b.w.log.Events())}, nil
 }
 
 type fakeSession struct {
@@ -170,7 +189,7 @@ type fakeSession struct {
 func (s *fakeSession) Claims() Claims { return s.w.claims }
 
 func (s *fakeSession) Resource(_ context.Context, uri string) ([]byte, error) {
-	if s.closed || s.extends != len(s.w.log.events) {
+	if s.closed || s.extends != len(s.w.log.Events()) {
 		return nil, errors.New("session older than the last extend")
 	}
 	return []byte("value of " + uri), s.w.call("resource %s", uri)
@@ -327,6 +346,12 @@ func (s fakeSecrets) Write(container, _ string, _ []policy.Secret, _ map[string]
 func (s fakeSecrets) Wipe(container string) error { return s.w.call("wipe %s", container) }
 func (s fakeSecrets) WipeAll() error              { return s.w.call("wipe-all") }
 
+func digestOf(text string) string { return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(text))) }
+
+func imageOf(name string, version uint64) string {
+	return "r.example/" + name + "@" + digestOf(fmt.Sprint(name, version))
+}
+
 // testPolicy has an encrypted workload with a secret.
 func testPolicy(version uint64, workloads ...string) *policy.Policy {
 	p := &policy.Policy{Name: "shop", Version: version, Expires: "2030-01-01T00:00:00Z", Platforms: []policy.Platform{policy.PlatformTPM},
@@ -334,7 +359,7 @@ func testPolicy(version uint64, workloads ...string) *policy.Policy {
 		Upgrade: policy.Upgrade{Deadlines: policy.Deadlines{Registry: policy.Duration(5 * time.Second), Broker: policy.Duration(5 * time.Second),
 			Fetch: policy.Duration(5 * time.Second), SBOM: policy.Duration(5 * time.Second), Start: policy.Duration(5 * time.Second)}}}
 	for _, name := range workloads {
-		p.Workloads = append(p.Workloads, policy.Workload{Name: name, Image: fmt.Sprintf("r.example/%s@sha256:%d", name, version),
+		p.Workloads = append(p.Workloads, policy.Workload{Name: name, Image: imageOf(name, version),
 			SBOM: policy.SBOM{Required: true}, Run: policy.Run{Secrets: []policy.Secret{{Name: "token", Resource: "kbs:///default/secret/token"}}}})
 	}
 	return p
@@ -362,6 +387,7 @@ func newTestAgent(t *testing.T, w *world, dir string) (*Agent, *quiet) {
 	if err := prepare(c); err != nil {
 		t.Fatal(err)
 	}
+	w.logDir = c.RunDir
 	if _, err := os.Stat(c.Initdata); err != nil {
 		if err := os.WriteFile(c.Initdata, []byte("v1"), 0o600); err != nil {
 			t.Fatal(err)

@@ -1,0 +1,257 @@
+package launch
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
+	"github.com/cc-runtime/cvm-agent/agent/platform"
+	"github.com/cc-runtime/cvm-agent/agent/sbom"
+	"github.com/cc-runtime/cvm-agent/agent/workload"
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
+)
+
+// Main runs the daemon with the configuration file until ctx ends.
+func Main(ctx context.Context, configFile, version string, logger *slog.Logger) error {
+	LimitMemory()
+	c, err := ReadConfig(configFile)
+	if err != nil {
+		return &PhaseError{Phase: "config", Err: err}
+	}
+	if err := prepare(c); err != nil {
+		return &PhaseError{Phase: "config", Err: err}
+	}
+	a := New(Options{Config: c, World: real{c, logger}, Logger: logger, Version: version})
+	l, err := control.Listen(c.ControlSocket, a.gid)
+	if err != nil {
+		return &PhaseError{Phase: "config", Err: cause.New(cause.Config, "the control socket: %w", err)}
+	}
+	return a.Run(ctx, l)
+}
+
+// real is the World of the product.
+type real struct {
+	config Config
+	logger *slog.Logger
+}
+
+func (r real) trust() policy.Trust {
+	t := r.config.Trust
+	return policy.Trust{Fingerprints: t.Signers, Threshold: t.Threshold, VersionFloor: t.VersionFloor}
+}
+
+// Platform opens the TPM and requires PCR 8 to hold the initdata's digest.
+func (r real) Platform(ctx context.Context, initdata []byte) (Platform, error) {
+	doc, err := policy.ParseInitdata(initdata)
+	if err != nil {
+		return nil, err
+	}
+	tpm, err := platform.OpenTPM(r.config.TPM)
+	if err != nil {
+		return nil, cause.Wrap(cause.TPMUnavailable, err)
+	}
+	pcrs, err := tpm.ReadPCRs(ctx, platform.PCRLaunch)
+	if err == nil {
+		err = policy.CheckBindingPCR8(doc, pcrs[platform.PCRLaunch])
+	}
+	if err != nil {
+		_ = tpm.Close()
+		return nil, cause.Wrap(cause.TPMUnavailable, err)
+	}
+	return &tpmPlatform{tpm: tpm, dir: r.config.RunDir}, nil
+}
+
+type tpmPlatform struct {
+	tpm      *platform.TPM
+	dir      string
+	attester platform.Attester // set by Allow
+}
+
+func (p *tpmPlatform) Allow(allowed []policy.Platform) (policy.Platform, error) {
+	attester, err := platform.Detect(allowed, p.tpm)
+	if err != nil {
+		return "", err
+	}
+	p.attester = attester
+	return policy.Platform(attester.TEE()), nil
+}
+
+func (p *tpmPlatform) Log(ctx context.Context) (Log, error) {
+	dir := filepath.Join(p.dir, "eventlog")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, cause.New(cause.EventLogWrite, "%w", err)
+	}
+	l, err := eventlog.Open(ctx, dir, p.tpm.PCR14())
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+func (p *tpmPlatform) Register() string { return p.tpm.PCR14().Name() }
+func (p *tpmPlatform) Close() error     { return p.tpm.Close() }
+
+func (r real) Policy(initdata []byte, now time.Time) (*policy.Verified, error) {
+	doc, err := policy.ParseInitdata(initdata)
+	if err != nil {
+		return nil, err
+	}
+	return policy.OpenInitdata(doc, r.trust(), now)
+}
+
+func (r real) Order(order []byte, running *policy.Verified, runningInitdata []byte, now time.Time) (*policy.Verified, []byte, error) {
+	envelope := order
+	if !bytes.HasPrefix(bytes.TrimSpace(order), []byte("{")) {
+		doc, err := policy.ParseInitdata(order)
+		if err != nil {
+			return nil, nil, err
+		}
+		if envelope, err = doc.Envelope(); err != nil {
+			return nil, nil, err
+		}
+	}
+	if len(envelope) > policy.MaxSize {
+		return nil, nil, cause.New(cause.PolicyTooLarge, "the policy envelope has %d bytes, at most %d are accepted", len(envelope), policy.MaxSize)
+	}
+	// What runs already is verified: ordering it again changes nothing.
+	if e, err := dsse.Parse(envelope); err == nil && policy.Digest(e.Payload) == running.Digest {
+		return running, runningInitdata, nil
+	}
+	next, err := running.OpenUpgrade(envelope, now)
+	if err != nil {
+		return nil, nil, err
+	}
+	initdata, err := successorInitdata(runningInitdata, envelope, running, next)
+	return next, initdata, err
+}
+
+// successorInitdata is the document from which a restarted daemon reads the
+// upgraded policy: the running one's keys and chain, one link longer when the
+// signers changed.
+func successorInitdata(runningInitdata, envelope []byte, running, next *policy.Verified) ([]byte, error) {
+	doc, err := policy.ParseInitdata(runningInitdata)
+	if err != nil {
+		return nil, err
+	}
+	data := map[string]string{policy.KeyPolicy: string(envelope), policy.KeySigners: doc.Data[policy.KeySigners]}
+	rotation, err := doc.Rotation()
+	if err != nil {
+		return nil, err
+	}
+	rotated, err := changedSigners(running, next)
+	if err != nil {
+		return nil, err
+	}
+	if rotated {
+		link, err := doc.Envelope()
+		if err != nil {
+			return nil, err
+		}
+		rotation = append(rotation, link)
+	}
+	if len(rotation) > 0 {
+		links := make([]json.RawMessage, len(rotation))
+		for i := range rotation {
+			links[i] = rotation[i]
+		}
+		text, err := json.Marshal(links)
+		if err != nil {
+			return nil, cause.New(cause.PolicyRotation, "pack the rotation chain: %w", err)
+		}
+		data[policy.KeyRotation] = string(text)
+	}
+	return policy.PackInitdata("sha256", data)
+}
+
+func changedSigners(a, b *policy.Verified) (bool, error) {
+	fingerprints := func(v *policy.Verified) (out []string, err error) {
+		for _, key := range v.Keys {
+			f, err := dsse.Fingerprint(key)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, f)
+		}
+		slices.Sort(out)
+		return out, nil
+	}
+	fa, err := fingerprints(a)
+	if err != nil {
+		return false, err
+	}
+	fb, err := fingerprints(b)
+	return a.Threshold != b.Threshold || !slices.Equal(fa, fb), err
+}
+
+func (r real) Podman(ctx context.Context, onWait func(error, time.Duration)) (Podman, error) {
+	p, err := workload.Connect(ctx, r.config.PodmanSocket, onWait)
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (r real) Secrets() (Secrets, error) {
+	return workload.OpenSecrets(filepath.Join(r.config.RunDir, "secrets"))
+}
+
+func (r real) Regenerate(ctx context.Context, stored Stored, root string, signed []byte, rule policy.SBOM) (string, error) {
+	sandbox := sbom.Sandbox{Program: r.config.SBOMProgram}
+	options := sbom.ScanOptions{Name: "image"}
+	if s, ok := stored.(storedImage); ok {
+		// The digests that the agent computed while it unpacked the very bytes.
+		digests, err := s.FileDigests()
+		if err != nil {
+			return "", err
+		}
+		lines := fileDigests(digests)
+		defer lines.Close() // ends the writer when the scanner does not read on
+		options.FileDigests = lines
+	}
+	found, err := sandbox.Scan(ctx, root, options)
+	if err != nil {
+		return "", err
+	}
+	mode := rule.Compare
+	if mode == "" {
+		mode = "normal"
+	}
+	differences, err := sbom.Compare(signed, found, mode)
+	if err != nil {
+		return "", err
+	}
+	if err := sbom.Differs(differences); err != nil {
+		return "", err
+	}
+	return "equal to the signed one (" + mode + ")", nil
+}
+
+// fileDigests writes NDJSON as the scanner reads it, without holding it whole.
+func fileDigests(digests map[string][32]byte) *io.PipeReader {
+	r, w := io.Pipe()
+	go func() {
+		enc := json.NewEncoder(w)
+		for path, sum := range digests {
+			line := struct {
+				Path   string `json:"path"`
+				SHA256 string `json:"sha256"`
+			}{"/" + path, hex.EncodeToString(sum[:])}
+			if err := enc.Encode(line); err != nil {
+				return // the scanner has ended
+			}
+		}
+		_ = w.Close()
+	}()
+	return r
+}
