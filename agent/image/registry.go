@@ -137,8 +137,13 @@ func (g *gate) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !g.hosts[host] {
 		return nil, cause.New(cause.RegistryRedirect, "the registry sends us to %q, which the policy does not name", host)
 	}
-	if plain := req.URL.Scheme != "https"; plain != g.plain[host] {
-		return nil, cause.New(cause.RegistryRedirect, "%s over %s is not what the policy says", host, req.URL.Scheme)
+	switch plain := req.URL.Scheme != "https"; {
+	case plain && !g.plain[host]:
+		return nil, cause.New(cause.RegistryRedirect, "the registry sends us to %s without TLS, which the policy does not allow", host)
+	case !plain && g.plain[host]:
+		// go-containerregistry always tries HTTPS first: no cause, so that
+		// the one of the second attempt counts.
+		return nil, fmt.Errorf("%s is a plain HTTP registry", host)
 	}
 	if req.Method != http.MethodGet && req.Method != http.MethodHead {
 		return nil, cause.New(cause.Internal, "%s request to a registry", req.Method)
