@@ -1,0 +1,80 @@
+package brokercmd
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/cc-runtime/cvm-agent/policy/broker"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"cvmctl-broker": func() {
+			if err := Command().Execute(); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(cause.Exit(err))
+			}
+		},
+	})
+}
+
+// Each script talks to a real broker of its own: $URL, $BROKER/ca.pem,
+// $BROKER/admin.token.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(e *testscript.Env) error {
+			dir := filepath.Join(e.WorkDir, "broker")
+			if err := broker.Init(broker.InitOptions{Dir: dir, Hosts: []string{"127.0.0.1"}, Listen: "127.0.0.1:0", Now: time.Now()}); err != nil {
+				return err
+			}
+			c, err := broker.LoadConfig(filepath.Join(dir, broker.FileConfig))
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			out, in := io.Pipe()
+			done := make(chan error, 1)
+			go func() {
+				done <- broker.Run(ctx, c, "", slog.New(slog.DiscardHandler), in)
+				in.Close()
+			}()
+			e.Defer(func() {
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
+			var url string
+			if _, err := fmt.Fscanf(out, "listening on %s\n", &url); err != nil {
+				return err
+			}
+			e.Setenv("URL", url)
+			e.Setenv("BROKER", dir)
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"status": func(ts *testscript.TestScript, neg bool, args []string) {
+				err := ts.Exec(args[1], args[2:]...)
+				got := 0
+				if e, ok := err.(interface{ ExitCode() int }); ok {
+					got = e.ExitCode()
+				} else if err != nil {
+					ts.Fatalf("%v", err)
+				}
+				if fmt.Sprint(got) != args[0] {
+					ts.Fatalf("exit status %d, expected %s", got, args[0])
+				}
+			},
+		},
+	})
+}
