@@ -1,0 +1,167 @@
+// Package policycmd is the part of cvmctl that writes, signs and shows launch
+// policies and packs them into initdata: `cvmctl policy …` and `cvmctl initdata
+// …`. It reads and writes files and talks to nobody.
+package policycmd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/google/renameio/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// Commands returns `policy` and `initdata` for the root command of cvmctl.
+// Errors carry a cause code; cause.Exit gives the exit status.
+func Commands() []*cobra.Command {
+	return []*cobra.Command{policyCommand(), initdataCommand()}
+}
+
+// group makes a command that only holds others: without one of them it is a
+// usage error, not a silent success.
+func group(use, short, long string, subs ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Long: long, RunE: func(c *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return cause.New(cause.Usage, "unknown command %q for %q", args[0], c.CommandPath())
+		}
+		return cause.New(cause.Usage, "%s needs a command; see %s --help", c.CommandPath(), c.CommandPath())
+	}}
+	c.AddCommand(subs...)
+	for _, s := range subs {
+		s.SetFlagErrorFunc(usageError)
+		s.SilenceUsage, s.SilenceErrors = true, true
+	}
+	c.SetFlagErrorFunc(usageError)
+	c.SilenceUsage, c.SilenceErrors = true, true
+	return c
+}
+
+func usageError(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) }
+
+// exactArgs is cobra.ExactArgs with a cause.
+func exactArgs(n int, what string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != n {
+			return cause.New(cause.Usage, "%s: %d arguments, expected %s", c.CommandPath(), len(args), what)
+		}
+		return nil
+	}
+}
+
+// outputFlag adds --output and returns where its value goes.
+func outputFlag(c *cobra.Command) *string {
+	format := c.Flags().String("output", "text", "`text or json`")
+	c.PreRunE = func(*cobra.Command, []string) error {
+		if *format != "text" && *format != "json" {
+			return cause.New(cause.Usage, "--output is %q, expected text or json", *format)
+		}
+		return nil
+	}
+	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	return format
+}
+
+func require(c *cobra.Command, names ...string) error {
+	for _, n := range names {
+		if !c.Flags().Changed(n) {
+			return cause.New(cause.Usage, "%s: --%s is missing", c.CommandPath(), n)
+		}
+	}
+	return nil
+}
+
+// readInput reads a file, or standard input for "-", of at most max bytes.
+func readInput(c *cobra.Command, path string, max int64, tooLarge cause.Code) ([]byte, error) {
+	var data []byte
+	var err error
+	if path == "-" {
+		data, err = bounded.ReadAll(c.InOrStdin(), max)
+	} else {
+		data, err = bounded.ReadFile(path, max)
+	}
+	switch {
+	case errors.Is(err, bounded.ErrTooLarge):
+		return nil, cause.Wrap(tooLarge, err)
+	case err != nil:
+		return nil, cause.Wrap(cause.Usage, err)
+	}
+	return data, nil
+}
+
+// writeOutput writes a file whole or not at all, or to standard output for "-".
+func writeOutput(c *cobra.Command, path string, data []byte) error {
+	if path == "-" {
+		_, err := c.OutOrStdout().Write(data)
+		return err
+	}
+	if err := renameio.WriteFile(path, data, 0o644, renameio.WithTempDir(dirOf(path))); err != nil {
+		return cause.Wrap(cause.StorageFailed, err)
+	}
+	return nil
+}
+
+func printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// readPolicy reads a policy as YAML, as canonical JSON or in an envelope whose
+// signatures are not looked at, and says in which form it was.
+func readPolicy(c *cobra.Command, path string) (p *policy.Policy, payload []byte, form string, err error) {
+	data, err := readInput(c, path, policy.MaxSize, cause.PolicyTooLarge)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	if !looksLikeJSON(data) {
+		p, err = policy.DecodeYAML(data)
+		if err != nil {
+			return nil, nil, "", named(path, err)
+		}
+		payload, err = p.Canonical()
+		return p, payload, "yaml", err
+	}
+	form, payload = "json", data
+	if e, perr := parseEnvelope(data); perr == nil {
+		form, payload = "envelope", e.Payload
+	}
+	p, err = policy.DecodeJSON(payload)
+	return p, payload, form, named(path, err)
+}
+
+// named puts the file's name before the text and keeps the cause.
+func named(path string, err error) error {
+	var e *cause.Error
+	if errors.As(err, &e) {
+		return &cause.Error{Code: e.Code, Err: fmt.Errorf("%s: %w", path, e.Err)}
+	}
+	return err
+}
+
+func dirOf(path string) string {
+	for i := len(path) - 1; i >= 0; i-- {
+		if os.IsPathSeparator(path[i]) {
+			return path[:i+1]
+		}
+	}
+	return "."
+}
+
+func looksLikeJSON(data []byte) bool {
+	for _, b := range data {
+		switch b {
+		case ' ', '\t', '\r', '\n':
+		default:
+			return b == '{'
+		}
+	}
+	return false
+}
