@@ -243,25 +243,38 @@ func render(p *policy.Policy) ([]byte, error) {
 	if err := yaml.UnmarshalWithOptions(raw, &ordered, yaml.UseOrderedMap()); err != nil {
 		return nil, err
 	}
-	return yaml.MarshalWithOptions(ordered, yaml.IndentSequence(true), yaml.UseLiteralStyleIfMultiline(true), yaml.CustomMarshaler(scalar))
+	return yaml.MarshalWithOptions(safe(ordered), yaml.IndentSequence(true), yaml.UseLiteralStyleIfMultiline(true))
 }
 
 // Strings that no YAML reader takes for anything else, and blocks of text such
-// as keys; all others are written in quotes.
+// as keys, are left to the library; all others are written in quotes.
 var (
 	plainScalar = regexp.MustCompile(`^[A-Za-z/][A-Za-z0-9._/@-]*(:[A-Za-z0-9./@-]+)*$`)
 	block       = regexp.MustCompile(`^([!-~]([ -~]*[!-~])?\n)+$`)
 	notText     = []string{"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 )
 
-func scalar(s string) ([]byte, error) {
-	switch {
-	case plainScalar.MatchString(s) && !slices.Contains(notText, strings.ToLower(s)):
-		return []byte(s), nil
-	case block.MatchString(s):
-		return []byte("|\n  " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n  ") + "\n"), nil
+type quoted string
+
+func (q quoted) MarshalYAML() ([]byte, error) { return encode(string(q)) }
+
+// safe marks the strings of a decoded document that need quotes.
+func safe(v any) any {
+	switch v := v.(type) {
+	case yaml.MapSlice:
+		for i := range v {
+			v[i].Value = safe(v[i].Value)
+		}
+	case []any:
+		for i := range v {
+			v[i] = safe(v[i])
+		}
+	case string:
+		if !block.MatchString(v) && (!plainScalar.MatchString(v) || slices.Contains(notText, strings.ToLower(v))) {
+			return quoted(v)
+		}
 	}
-	return encode(s)
+	return v
 }
 
 func hasKey(signers []policy.Signer, pem string) bool {

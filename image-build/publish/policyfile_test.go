@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -53,14 +54,14 @@ func TestPolicyIsJudgedBeforeAnythingIsBuilt(t *testing.T) {
 
 func TestRenderedPolicyIsReadBackTheSame(t *testing.T) {
 	p := &policy.Policy{
-		APIVersion: policy.APIVersion, Name: "app", Version: 1<<63 + 1, Expires: "2030-01-01T00:00:00Z",
+		APIVersion: policy.APIVersion, Name: "app", Version: 1<<53 - 1, Expires: "2030-01-01T00:00:00Z",
 		Platforms: []policy.Platform{policy.PlatformTPM},
 		Workloads: []policy.Workload{{
 			Name: "app", Image: "r.example/app@sha256:" + strings.Repeat("a", 64), Encryption: "optional",
 			Signatures: policy.Signatures{Required: []policy.Signer{{KeyResource: "kbs:///a/b/c", KeyDigest: "sha256:" + strings.Repeat("b", 64)}}},
 			Run: policy.Run{
 				Command: []string{"yes", "007", "1e3", "- x", "a: b", "#", "", " padded ", "line\nline\n", "\ttab", "true", "<&>"},
-				Env:     map[string]string{"A": "no", "B": "0x10", "C": "~"},
+				Env:     map[string]string{"A": "no", "B": "0x10", "C": "~", "Y": "x", "1": "one"},
 			},
 			Limits: policy.ImageLimits{MaxBytes: 1 << 40},
 		}},
@@ -70,11 +71,11 @@ func TestRenderedPolicyIsReadBackTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := policy.DecodeYAML(text)
-	if err != nil {
+	var again policy.Policy
+	if _, err := bounded.DecodeYAML(text, &again, bounded.Limits{}); err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	if a, b := must(encode(p)), must(encode(again)); string(a) != string(b) {
+	if a, b := must(encode(p)), must(encode(&again)); string(a) != string(b) {
 		t.Errorf("\n%s\nbecame\n%s", a, b)
 	}
 }
