@@ -104,7 +104,7 @@ func (s *story) refuseImage(ctx context.Context) error {
 }
 
 func (s *story) destroy(ctx context.Context) error {
-	if _, err := s.stage.Guest.Ctl(ctx, "destroy"); err != nil {
+	if _, err := s.stage.Guest.Ctl(ctx, "destroy", "--yes"); err != nil {
 		return err
 	}
 	if err := s.nothingLeft(ctx, s.stage.Podman); err != nil {

@@ -17,11 +17,11 @@ func (s *story) refusePolicy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	changed := s.rig.Path("policy", "changed.dsse.json")
-	if err := rig.ChangePayload(s.signed1, changed, `"compare":"strict"`, `"compare":"normal"`); err != nil {
+	changed := s.rig.Path("policy", "changed.toml")
+	if err := rig.ChangePayload(s.initdata, changed, `"compare":"strict"`, `"compare":"normal"`); err != nil {
 		return err
 	}
-	return s.refuseLaunch(ctx, "changed", changed, s.stage.Owner, owner, "policy", "policy-signature-invalid")
+	return s.refuseLaunch(ctx, "changed", changed, owner, "policy", "policy-signature-invalid")
 }
 
 // refuseKey boots a guest whose host signed the policy itself and made the
@@ -43,11 +43,15 @@ func (s *story) refuseKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	initdata, err := s.stage.Pack(ctx, signed, host)
+	if err != nil {
+		return err
+	}
 	mark, err := s.audited()
 	if err != nil {
 		return err
 	}
-	if err := s.refuseLaunch(ctx, "host", signed, host, trusted, "key/vault", "key-refused"); err != nil {
+	if err := s.refuseLaunch(ctx, "host", initdata, trusted, "key/vault", "key-refused"); err != nil {
 		return err
 	}
 	refusals, err := s.stage.Broker.Since(mark, "release", "refused", s.vault.KeyResource)
@@ -63,11 +67,7 @@ func (s *story) refuseKey(ctx context.Context) error {
 
 // refuseLaunch boots a guest of that name and expects its agent to end with
 // the phase and cause, leaving nothing.
-func (s *story) refuseLaunch(ctx context.Context, name, signed string, signer *rig.Keys, trusted, phase, code string) error {
-	initdata, err := s.stage.Pack(ctx, signed, signer)
-	if err != nil {
-		return err
-	}
+func (s *story) refuseLaunch(ctx context.Context, name, initdata, trusted, phase, code string) error {
 	tpm, err := s.rig.StartTPM(ctx, "")
 	if err != nil {
 		return err

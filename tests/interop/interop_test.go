@@ -172,7 +172,7 @@ func TestAgentAcceptsStock(t *testing.T) {
 	must(t, stage.Guest.Launch())
 	must(t, stage.Guest.WaitReady(ctx, time.Minute))
 	must(t, rig.WaitHTTP(ctx, port, "/", "stock v1"))
-	_, err = stage.Guest.Ctl(ctx, "destroy")
+	_, err = stage.Guest.Ctl(ctx, "destroy", "--yes")
 	must(t, err)
 }
 

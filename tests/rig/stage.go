@@ -183,7 +183,7 @@ func (s *Stage) SignPolicy(ctx context.Context, file string, keys ...*Keys) (str
 		keys = []*Keys{s.Owner}
 	}
 	envelope := strings.TrimSuffix(file, filepath.Ext(file)) + ".dsse.json"
-	argv := []string{s.Program("cvmctl"), "policy", "sign", file, "--out", envelope}
+	argv := []string{s.Program("cvmctl"), "policy", "sign", "--in", file, "--out", envelope}
 	var env []string
 	for _, k := range keys {
 		argv = append(argv, "--key", k.Private)

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -122,31 +124,30 @@ func Edit(from, to string, replace map[string]string) error {
 	return os.WriteFile(to, data, 0o600)
 }
 
-// ChangePayload copies a DSSE envelope with its payload changed and its
-// signatures kept, as an attacker would.
+// payloadMember finds a DSSE payload, in an envelope or quoted in a document
+// that carries one.
+var payloadMember = regexp.MustCompile(`(payload\\?":\s*\\?")([A-Za-z0-9+/=]+)`)
+
+// ChangePayload copies a DSSE envelope, or an initdata document with one, with
+// the payload changed and its signatures kept, as an attacker would.
 func ChangePayload(from, to, old, now string) error {
 	data, err := os.ReadFile(from)
 	if err != nil {
 		return err
 	}
-	var envelope map[string]any
-	if err := json.Unmarshal(data, &envelope); err != nil {
-		return err
+	at := payloadMember.FindSubmatchIndex(data)
+	if at == nil {
+		return errors.New(from + " holds no DSSE payload")
 	}
-	encoded, _ := envelope["payload"].(string)
-	payload, err := base64.StdEncoding.DecodeString(encoded)
+	payload, err := base64.StdEncoding.DecodeString(string(data[at[4]:at[5]]))
 	if err != nil {
 		return err
 	}
 	if !bytes.Contains(payload, []byte(old)) {
 		return errors.New("the payload has no " + old)
 	}
-	envelope["payload"] = base64.StdEncoding.EncodeToString(bytes.ReplaceAll(payload, []byte(old), []byte(now)))
-	data, err = json.Marshal(envelope)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(to, data, 0o600)
+	changed := base64.StdEncoding.EncodeToString(bytes.ReplaceAll(payload, []byte(old), []byte(now)))
+	return os.WriteFile(to, slices.Concat(data[:at[4]], []byte(changed), data[at[5]:]), 0o600)
 }
 
 // Answers says whether anything accepts connections on a loopback port.
