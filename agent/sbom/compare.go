@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -60,13 +62,22 @@ func Compare(signed, found []byte, mode string) ([]Difference, error) {
 	if mode != Normal && mode != Strict {
 		return nil, cause.New(cause.PolicyInvalid, "sbom comparison mode is %q, want %q or %q", clip(mode), Normal, Strict)
 	}
-	s, err := decode(signed)
-	if err != nil {
-		return nil, fmt.Errorf("signed document: %w", err)
+	var s, f *document
+	var read errgroup.Group
+	for _, in := range []struct {
+		name string
+		data []byte
+		doc  **document
+	}{{"signed", signed, &s}, {"found", found, &f}} {
+		read.Go(func() (err error) {
+			if *in.doc, err = decode(in.data); err != nil {
+				return fmt.Errorf("%s document: %w", in.name, err)
+			}
+			return nil
+		})
 	}
-	f, err := decode(found)
-	if err != nil {
-		return nil, fmt.Errorf("found document: %w", err)
+	if err := read.Wait(); err != nil {
+		return nil, err
 	}
 	if s.attributed == nil {
 		s.allFiles = s.listsAllFiles(f)

@@ -92,6 +92,8 @@ func runScan(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	fs.Int64Var(&opts.MaxFiles, "max-files", 2_000_000, "most files, directories and links in the root")
 	fs.Int64Var(&opts.MaxBytes, "max-bytes", 64<<30, "most bytes in the root's regular files")
 	fs.BoolVar(&opts.SHA1, "sha1", true, "record SHA-1 beside SHA-256, as SPDX 2.3 asks for; the comparison uses SHA-256 alone")
+	memory := fs.Int64("memory-target", 0, "`bytes` that the runtime tries to stay below, 0 for none")
+	gcPercent := fs.Int("gc-percent", 100, "heap growth in `percent` between collections")
 	profile := fs.String("profile", "", "write a CPU profile to this `file`")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -112,10 +114,11 @@ func runScan(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 		}
 		defer stop()
 	}
-	// The scanner allocates fast and dies young: collecting seldom saves a
-	// quarter of the time, and a limit from the sandbox (GOMEMLIMIT) still holds.
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200)
+	// The scanner's memory is the price of its speed: without a target it is
+	// collected seldom, with one it is held to it as far as the runtime can.
+	debug.SetGCPercent(*gcPercent)
+	if *memory > 0 {
+		debug.SetMemoryLimit(*memory)
 	}
 
 	out := stdout
