@@ -37,9 +37,6 @@ func (s Source) bundles(ctx context.Context, co *cosign.CheckOpts, want func(*st
 		nco.TrustedMaterial = &root.BaseTrustedMaterial{} // a key is all there is to trust
 	}
 	for _, m := range index.Manifests {
-		if m.ArtifactType != "" && !strings.HasPrefix(m.ArtifactType, "application/vnd.dev.sigstore.bundle") {
-			continue
-		}
 		ref, err := name.NewDigest(s.Ref.Context().Name()+"@"+m.Digest.String(), nameOptions(s.Ref)...)
 		if err != nil {
 			return f, nil, cause.Wrap(cause.SignatureInvalid, err)
