@@ -1,18 +1,25 @@
 // Package eventlog is the measured event log: every runtime fact that changes
-// what is trusted is appended to a TCG Canonical Event Log (CEL, TLV form) and
-// extended into the hardware register, PCR 14 of a TPM or RTMR3 of TDX.
+// what is trusted is written to a TCG Canonical Event Log (TLV form) and
+// extended into one hardware register, vTPM PCR 14 or TDX RTMR3.
 //
-// It promises that an event is on disk before it is in the register, that
-// nothing is extended twice, whatever is interrupted, and that a log which does
-// not replay to its register is refused. README.md is the contract: each event,
-// when it is written and its exact bytes. It does not quote registers.
+// It promises: the log of a running Log replays to the register, an event is
+// never extended twice whatever was killed when, and events that this package
+// does not know, or that come in an order that it does not know, make the
+// replay fail. README.md is the contract: name, when, exact bytes, register.
+// It talks to no TPM itself: a Register does.
 package eventlog
 
 import (
+	"bytes"
 	"crypto"
+	_ "crypto/sha256" // crypto.SHA256
+	_ "crypto/sha512" // crypto.SHA384, crypto.SHA512
 	"encoding/json"
 	"fmt"
+	"regexp"
+	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/google/go-eventlog/cel"
 	"github.com/gowebpki/jcs"
@@ -20,164 +27,181 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
 
-// ContentType is the CEL content type of this project's records (the vendor
-// range of TCG_IWG_CEL_v1_r0p37, section 5.1).
-const ContentType uint8 = 167
-
-// Bounds of a log that comes from outside.
-const (
-	MaxSize   = 1 << 20 // bytes of a whole log
-	maxEvents = 4096
-	maxEvent  = 16 << 10 // bytes of one event's JSON
-)
-
-// Kind is what happened.
+// Kind names an event. The strings are on the wire and never change.
 type Kind string
 
-// The kinds. Their numbers are the nested TLV types and never change.
+// The events, in the order in which a first launch, an upgrade and a destroy
+// write them.
 const (
-	KindPolicy       Kind = "policy"        // the launch policy was verified
-	KindImage        Kind = "image"         // an image of the launch was verified, before its key is asked for
-	KindPolicyStaged Kind = "policy-staged" // an upgrade's policy was verified
-	KindImageStaged  Kind = "image-staged"  // an image of the upgrade was verified, before its key is asked for
-	KindCommitted    Kind = "committed"     // the staged set is what runs from here
-	KindRolledBack   Kind = "rolled-back"   // the staged or committed set is given up for the last good one
-	KindDestroy      Kind = "destroy"       // the instance is being destroyed; nothing follows
-	KindDebug        Kind = "debug"         // something that weakens the guest was switched on
+	KindPolicy       Kind = "policy"        // first launch: the verified policy, before anything else
+	KindImage        Kind = "image"         // first launch: one workload's image, before its key is asked for
+	KindPolicyStaged Kind = "policy-staged" // upgrade: the verified next policy
+	KindImageStaged  Kind = "image-staged"  // upgrade: one workload's image of the next policy, before its key is asked for
+	KindCommitted    Kind = "committed"     // upgrade: the staged set is the running one from here
+	KindRolledBack   Kind = "rolled-back"   // upgrade: the named policy is given up, the set before it runs
+	KindDestroy      Kind = "destroy"       // destroy: the last event of an instance
+	KindDebug        Kind = "debug"         // debugging was enabled; no event takes that back
 )
 
-var kindNumber = map[Kind]uint8{
-	KindPolicy: 1, KindImage: 2, KindPolicyStaged: 3, KindImageStaged: 4,
-	KindCommitted: 5, KindRolledBack: 6, KindDestroy: 7, KindDebug: 8,
-}
+// ContentType is the vendor CEL content type of every record of ours.
+const ContentType = 0xC7
 
-// Event is the content of one record. Its wire form is the RFC 8785 JSON of
-// these fields, absent when empty.
+// Bounds on hostile logs.
+const (
+	MaxLog     = 1 << 20 // bytes of a log
+	MaxRecords = 4096    // records of a log
+	MaxEvent   = 4096    // bytes of one event's canonical JSON
+	maxSigners = 32
+	maxText    = 512
+)
+
+// Event is the content of one record: canonical JSON (RFC 8785) with empty
+// members left out. README.md says which members each kind has.
 type Event struct {
 	Kind          Kind     `json:"kind"`
-	Policy        string   `json:"policy,omitempty"`        // name
-	PolicyVersion uint64   `json:"policyVersion,omitempty"` // ≥ 1
-	PolicyDigest  string   `json:"policyDigest,omitempty"`  // sha256:… over the signed payload
-	Signers       []string `json:"signers,omitempty"`       // fingerprints, hex SHA-256 of SPKI
-	Workload      string   `json:"workload,omitempty"`
-	Image         string   `json:"image,omitempty"` // repository@sha256:… as signed
-	Reason        string   `json:"reason,omitempty"`
+	Policy        string   `json:"policy,omitempty"`        // policy name
+	PolicyDigest  string   `json:"policyDigest,omitempty"`  // "sha256:" + 64 hex of the signed payload
+	PolicyVersion uint64   `json:"policyVersion,omitempty"` // 1 … 2^53-1
+	Signers       []string `json:"signers,omitempty"`       // SPKI fingerprints, 64 hex, ascending
+	Workload      string   `json:"workload,omitempty"`      // workload name
+	Image         string   `json:"image,omitempty"`         // repository@sha256:…
+	Reason        string   `json:"reason,omitempty"`        // a cause code, or one short line without secrets
 }
 
-// equal compares everything that is measured.
-func (e Event) equal(o Event) bool {
-	a, errA := e.json()
-	b, errB := o.json()
-	return errA == nil && errB == nil && string(a) == string(b)
+var (
+	nameRE   = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	digestRE = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+	fpRE     = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	imageRE  = regexp.MustCompile(`^[A-Za-z0-9._:/\[\]-]{1,400}@sha256:[0-9a-f]{64}$`)
+)
+
+// members says what each kind carries: p policy (name, version, digest),
+// s signers, w workload and image, r reason allowed.
+var members = map[Kind]string{
+	KindPolicy: "ps", KindImage: "w",
+	KindPolicyStaged: "ps", KindImageStaged: "w",
+	KindCommitted: "p", KindRolledBack: "pr",
+	KindDestroy: "r", KindDebug: "r",
 }
 
-func (e Event) json() ([]byte, error) {
-	raw, err := json.Marshal(e)
-	if err != nil {
-		return nil, err
-	}
-	return jcs.Transform(raw)
-}
-
-// check holds each kind to its fields.
-func (e Event) check() error {
-	policyFields := e.Policy != "" && e.PolicyVersion > 0 && strings.HasPrefix(e.PolicyDigest, "sha256:")
-	noPolicy := e.Policy == "" && e.PolicyVersion == 0 && e.PolicyDigest == "" && len(e.Signers) == 0
-	noImage := e.Workload == "" && e.Image == ""
-	ok := false
-	switch e.Kind {
-	case KindPolicy, KindPolicyStaged:
-		ok = policyFields && len(e.Signers) > 0 && noImage && e.Reason == ""
-	case KindImage, KindImageStaged:
-		ok = noPolicy && e.Workload != "" && strings.Contains(e.Image, "@sha256:") && e.Reason == ""
-	case KindCommitted:
-		ok = policyFields && len(e.Signers) == 0 && noImage && e.Reason == ""
-	case KindRolledBack:
-		ok = policyFields && len(e.Signers) == 0 && noImage
-	case KindDestroy:
-		ok = noImage
-	case KindDebug:
-		ok = noPolicy && noImage && e.Reason != ""
-	default:
-		return fmt.Errorf("unknown event %q", e.Kind)
-	}
+// Validate checks the event by itself: known kind, exactly the members that
+// the kind has, each well-formed.
+func (e Event) Validate() error {
+	has, ok := members[e.Kind]
 	if !ok {
-		return fmt.Errorf("event %q does not have exactly the fields of its kind", e.Kind)
+		return fmt.Errorf("unknown event %q", clip(string(e.Kind)))
+	}
+	if strings.Contains(has, "p") {
+		switch {
+		case !nameRE.MatchString(e.Policy):
+			return fmt.Errorf("%s event: policy name %q is no DNS label", e.Kind, clip(e.Policy))
+		case !digestRE.MatchString(e.PolicyDigest):
+			return fmt.Errorf("%s event: policy digest %q is not sha256:<64 hex>", e.Kind, clip(e.PolicyDigest))
+		case e.PolicyVersion == 0 || e.PolicyVersion >= 1<<53:
+			return fmt.Errorf("%s event: policy version %d is outside 1…2^53-1", e.Kind, e.PolicyVersion)
+		}
+	} else if e.Policy != "" || e.PolicyDigest != "" || e.PolicyVersion != 0 {
+		return fmt.Errorf("%s event: it names no policy, found %q", e.Kind, clip(e.Policy))
+	}
+	if strings.Contains(has, "s") {
+		if len(e.Signers) == 0 || len(e.Signers) > maxSigners {
+			return fmt.Errorf("%s event: %d signers, expected 1…%d", e.Kind, len(e.Signers), maxSigners)
+		}
+		for i, s := range e.Signers {
+			if !fpRE.MatchString(s) {
+				return fmt.Errorf("%s event: signer %q is not 64 hex digits", e.Kind, clip(s))
+			}
+			if i > 0 && e.Signers[i-1] >= s {
+				return fmt.Errorf("%s event: signers are not in ascending order, each once", e.Kind)
+			}
+		}
+	} else if len(e.Signers) != 0 {
+		return fmt.Errorf("%s event: it has no signers, found %d", e.Kind, len(e.Signers))
+	}
+	if strings.Contains(has, "w") {
+		switch {
+		case !nameRE.MatchString(e.Workload):
+			return fmt.Errorf("%s event: workload name %q is no DNS label", e.Kind, clip(e.Workload))
+		case !imageRE.MatchString(e.Image):
+			return fmt.Errorf("%s event: image %q is not repository@sha256:<64 hex>", e.Kind, clip(e.Image))
+		}
+	} else if e.Workload != "" || e.Image != "" {
+		return fmt.Errorf("%s event: it names no workload, found %q", e.Kind, clip(e.Workload))
+	}
+	if e.Reason != "" && !strings.Contains(has, "r") {
+		return fmt.Errorf("%s event: it has no reason", e.Kind)
+	}
+	if len(e.Reason) > maxText || !utf8.ValidString(e.Reason) || strings.ContainsAny(e.Reason, "\n\r\x00") {
+		return fmt.Errorf("%s event: the reason is not one line of at most %d bytes", e.Kind, maxText)
 	}
 	return nil
 }
 
-// TLV implements cel.Content: the vendor content type around one nested TLV
-// whose type is the kind's number and whose value is the event's JSON.
-func (e Event) TLV() (cel.TLV, error) {
-	if err := e.check(); err != nil {
-		return cel.TLV{}, err
+// Canonical returns the exact bytes that are digested and extended.
+func (e Event) Canonical() ([]byte, error) {
+	if err := e.Validate(); err != nil {
+		return nil, err
 	}
-	value, err := e.json()
-	if err != nil {
-		return cel.TLV{}, err
-	}
-	if len(value) > maxEvent {
-		return cel.TLV{}, fmt.Errorf("event %q is %d bytes, at most %d", e.Kind, len(value), maxEvent)
-	}
-	nested, err := cel.TLV{Type: kindNumber[e.Kind], Value: value}.MarshalBinary()
-	if err != nil {
-		return cel.TLV{}, err
-	}
-	return cel.TLV{Type: ContentType, Value: nested}, nil
-}
-
-// GenerateDigest implements cel.Content: the hash of the whole content TLV.
-func (e Event) GenerateDigest(h crypto.Hash) ([]byte, error) {
-	t, err := e.TLV()
+	raw, err := json.Marshal(e)
 	if err != nil {
 		return nil, err
 	}
-	return contentDigest(t, h)
+	b, err := jcs.Transform(raw)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > MaxEvent {
+		return nil, fmt.Errorf("%s event has %d bytes, at most %d are allowed", e.Kind, len(b), MaxEvent)
+	}
+	return b, nil
 }
 
-func contentDigest(t cel.TLV, h crypto.Hash) ([]byte, error) {
+// normal returns a copy whose signers are in ascending order.
+func (e Event) normal() Event {
+	if len(e.Signers) > 0 {
+		e.Signers = slices.Clone(e.Signers)
+		slices.Sort(e.Signers)
+		e.Signers = slices.Compact(e.Signers)
+	}
+	return e
+}
+
+// decodeEvent reads one event strictly: any byte string but the canonical one
+// is refused, so an event has one digest.
+func decodeEvent(b []byte) (Event, error) {
+	var e Event
+	if err := bounded.DecodeJSON(b, &e, bounded.Limits{Bytes: MaxEvent, Depth: 4, Nodes: 64, String: maxText + 80}); err != nil {
+		return Event{}, err
+	}
+	want, err := e.Canonical()
+	if err != nil {
+		return Event{}, err
+	}
+	if !bytes.Equal(b, want) {
+		return Event{}, fmt.Errorf("%s event is not in canonical form (RFC 8785)", e.Kind)
+	}
+	return e, nil
+}
+
+// content implements cel.Content: the digest is over the canonical JSON.
+type content []byte
+
+var _ cel.Content = content(nil)
+
+func (c content) GenerateDigest(h crypto.Hash) ([]byte, error) {
 	if !h.Available() {
 		return nil, fmt.Errorf("hash %v is not available", h)
 	}
-	raw, err := t.MarshalBinary()
-	if err != nil {
-		return nil, err
-	}
 	d := h.New()
-	d.Write(raw)
+	d.Write(c)
 	return d.Sum(nil), nil
 }
 
-// parseEvent reads a record's content back, strictly: the bytes must be the
-// ones that this package would write.
-func parseEvent(t cel.TLV) (Event, error) {
-	var e Event
-	if t.Type != ContentType {
-		return e, fmt.Errorf("content type %d is not %d", t.Type, ContentType)
+func (c content) TLV() (cel.TLV, error) { return cel.TLV{Type: ContentType, Value: c}, nil }
+
+func clip(s string) string {
+	if len(s) > 80 {
+		return strings.ToValidUTF8(s[:80], "") + "…"
 	}
-	if len(t.Value) < tlvHeader {
-		return e, fmt.Errorf("content of %d bytes is too short", len(t.Value))
-	}
-	var nested cel.TLV
-	if err := nested.UnmarshalBinary(t.Value); err != nil {
-		return e, err
-	}
-	if err := bounded.DecodeJSON(nested.Value, &e, bounded.Limits{Bytes: maxEvent, Depth: 3}); err != nil {
-		return e, err
-	}
-	if err := e.check(); err != nil {
-		return e, err
-	}
-	if kindNumber[e.Kind] != nested.Type {
-		return e, fmt.Errorf("event %q in a record of type %d", e.Kind, nested.Type)
-	}
-	canonical, err := e.json()
-	if err != nil {
-		return e, err
-	}
-	if string(canonical) != string(nested.Value) {
-		return e, fmt.Errorf("event %q is not in canonical form", e.Kind)
-	}
-	return e, nil
+	return s
 }

@@ -6,292 +6,319 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/google/go-eventlog/cel"
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
-// The registers that events are measured into: both cannot be reset while the
-// guest runs (PCR 16 and 23 can).
-const (
-	PCRIndex  = 14
-	RTMRIndex = 3
-)
-
-// FileName is the log's name within the run directory.
-const FileName = "eventlog.cel"
-
 // Register is the hardware register behind a log.
+//
+// Extend extends every bank of digests once; when it fails, whether it
+// extended is unknown, and the log finds out by Read. Read returns the
+// register's value: 32 bytes (SHA-256) for a PCR, 48 (SHA-384) for an RTMR.
+// A Register with a method Banks() []crypto.Hash gets digests for those too.
 type Register interface {
-	Name() string // "PCR14", "RTMR3"
-	Index() int
-	Hash() crypto.Hash // SHA-256 for a PCR, SHA-384 for an RTMR
-	// Extend extends the register by the digest given for its Hash. An error
-	// means that it is unknown whether the register moved.
+	Name() string // "pcr14" or "rtmr3"
+	Index() int   // IndexPCR14 or IndexRTMR3
 	Extend(ctx context.Context, digests map[crypto.Hash][]byte) error
-	// Read returns the register's value, Hash().Size() bytes.
 	Read(ctx context.Context) ([]byte, error)
 }
 
-// Log is an open event log. It may be used by several goroutines.
+// FileName is the log's file inside its directory: CEL-TLV bytes, so that any
+// tool can replay it.
+const FileName = "eventlog.cel"
+
+// Log is an open event log. It is safe for concurrent use.
 type Log struct {
-	mu   sync.Mutex
-	path string
-	reg  Register
-	data []byte
-	st   *Replayed
-	// broken is set when the register may no longer match: nothing is appended
-	// after it, and a restart decides from the register itself.
-	broken error
+	path   string
+	reg    Register
+	typ    cel.MRType
+	hashes []crypto.Hash // the register's own first
+	lock   *os.File
+
+	mu      sync.Mutex
+	data    []byte    // every record that is in the file
+	settled int       // bytes of data whose records are extended
+	state   *Replayed // of data
+	broken  error     // the register is not what the log says: nothing is appended any more
 }
 
-// Open opens the log of dir, which survives restarts of the daemon but not of
-// the guest. The log must replay to the register, or, after a kill between
-// writing and extending, to the register as it was before the last record,
-// which is then extended, once. Anything else is cause.EventLogDiverged.
+// Open opens, or begins, the log in dir, which must exist and be on storage
+// that lives as long as the register (a tmpfs: both end with the boot). The
+// log must replay to the register; an append that was cut off before its
+// extend is extended now, once. Everything else fails with
+// cause.EventLogDiverged. Only one process can have the log open.
 func Open(ctx context.Context, dir string, reg Register) (*Log, error) {
 	l := &Log{path: filepath.Join(dir, FileName), reg: reg}
-	data, err := readLog(l.path)
-	if err != nil {
-		return nil, err
-	}
-	value, err := reg.Read(ctx)
-	if err != nil {
-		return nil, cause.Wrap(cause.TPMUnavailable, fmt.Errorf("read %s: %w", reg.Name(), err))
-	}
-	offsets, end, err := frame(data)
-	if err != nil {
-		return nil, cause.New(cause.EventLogDiverged, "event log: %w", err)
-	}
-	// A torn tail was never extended: the extend comes after the fsync.
-	torn := end != len(data)
-	data = data[:end]
-	whole, err := Replay(data)
-	if err != nil {
-		return nil, err
-	}
 	switch {
-	case bytes.Equal(value, whole.value(reg.Hash())):
-	case !torn && len(offsets) > 0:
-		last := offsets[len(offsets)-1]
-		before, err := Replay(data[:last])
-		if err != nil {
-			return nil, err
-		}
-		if !bytes.Equal(value, before.value(reg.Hash())) {
-			return nil, diverged(reg, value, whole)
-		}
-		digest, err := whole.Events[len(whole.Events)-1].GenerateDigest(reg.Hash())
-		if err != nil {
-			return nil, cause.New(cause.EventLogDiverged, "last event: %w", err)
-		}
-		if err := reg.Extend(ctx, map[crypto.Hash][]byte{reg.Hash(): digest}); err != nil {
-			return nil, cause.Wrap(cause.TPMUnavailable, fmt.Errorf("extend %s: %w", reg.Name(), err))
-		}
-		now, err := reg.Read(ctx)
-		if err != nil {
-			return nil, cause.Wrap(cause.TPMUnavailable, fmt.Errorf("read %s: %w", reg.Name(), err))
-		}
-		if !bytes.Equal(now, whole.value(reg.Hash())) {
-			return nil, diverged(reg, now, whole)
-		}
+	case strings.HasPrefix(reg.Name(), "pcr") && reg.Index() == IndexPCR14:
+		l.typ, l.hashes = cel.PCRType, []crypto.Hash{crypto.SHA256}
+	case strings.HasPrefix(reg.Name(), "rtmr") && reg.Index() == IndexRTMR3:
+		l.typ, l.hashes = cel.CCMRType, []crypto.Hash{crypto.SHA384}
 	default:
-		return nil, diverged(reg, value, whole)
+		return nil, cause.New(cause.EventLogDiverged, "register %s (index %d) is none of PCR 14 and RTMR3", reg.Name(), reg.Index())
 	}
-	if torn {
-		if err := os.Truncate(l.path, int64(end)); err != nil {
-			return nil, cause.New(cause.EventLogWrite, "cut the torn end off the event log: %w", err)
+	if b, ok := reg.(interface{ Banks() []crypto.Hash }); ok {
+		for _, h := range b.Banks() {
+			if !slices.Contains(l.hashes, h) {
+				l.hashes = append(l.hashes, h)
+			}
 		}
 	}
-	l.data, l.st = data, whole
+	if err := l.acquire(); err != nil {
+		return nil, err
+	}
+	if err := l.load(ctx); err != nil {
+		l.lock.Close()
+		return nil, err
+	}
 	return l, nil
 }
 
-// Append logs e: written and synced, then extended. It fails without a trace
-// when e is not explained by the events before it. When the extend fails, the
-// log is closed to further events, since the register's value is unknown.
-func (l *Log) Append(ctx context.Context, e Event) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.append(ctx, e)
-}
-
-// AppendOnce is Append, but does nothing when e has been logged already and
-// still stands: a restart or a retry does not repeat it.
-func (l *Log) AppendOnce(ctx context.Context, e Event) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.broken == nil && l.st.State.done(e) {
-		return nil
-	}
-	return l.append(ctx, e)
-}
-
-func (l *Log) append(ctx context.Context, e Event) error {
-	if l.broken != nil {
-		return cause.New(cause.EventLogDiverged, "event log is closed since an earlier failure: %w", l.broken)
-	}
-	next, err := l.st.State.next(e)
+// acquire takes the lock that keeps two agents from extending one register.
+func (l *Log) acquire() error {
+	f, err := os.OpenFile(l.path+".lock", os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return cause.New(cause.EventLogDiverged, "event refused: %w", err)
+		return cause.New(cause.EventLogWrite, "open event log: %w", err)
 	}
-	record, digest, err := l.record(e)
-	if err != nil {
-		return cause.New(cause.EventLogWrite, "encode event %q: %w", e.Kind, err)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return cause.New(cause.EventLogWrite, "event log %s is held by another process: %w", l.path, err)
 	}
-	if len(l.data)+len(record) > MaxSize || len(l.st.Events) >= maxEvents {
-		return cause.New(cause.EventLogWrite, "event log is full")
-	}
-	if err := l.write(record); err != nil {
-		return err
-	}
-	// From here the event is on disk: a kill now makes Open extend it.
-	if err := l.reg.Extend(context.WithoutCancel(ctx), map[crypto.Hash][]byte{l.reg.Hash(): digest}); err != nil {
-		l.broken = err
-		return cause.Wrap(cause.TPMUnavailable, fmt.Errorf("extend %s: %w", l.reg.Name(), err))
-	}
-	whole, err := Replay(append(append([]byte(nil), l.data...), record...))
-	if err != nil {
-		l.broken = err
-		return err
-	}
-	value, err := l.reg.Read(context.WithoutCancel(ctx))
-	if err != nil {
-		l.broken = err
-		return cause.Wrap(cause.TPMUnavailable, fmt.Errorf("read %s: %w", l.reg.Name(), err))
-	}
-	if !bytes.Equal(value, whole.value(l.reg.Hash())) {
-		l.broken = diverged(l.reg, value, whole)
-		return l.broken
-	}
-	l.data, l.st = append(l.data, record...), whole
-	l.st.State = next
+	l.lock = f
 	return nil
 }
 
-// Bytes returns the log in its wire form.
+func (l *Log) load(ctx context.Context) error {
+	data, err := bounded.ReadFile(l.path, MaxLog)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return cause.New(cause.EventLogDiverged, "read event log: %w", err)
+	}
+	if l.state, err = Replay(data); err != nil {
+		return err
+	}
+	l.data = data
+	for _, rec := range l.state.cel.Records() {
+		if rec.IndexType != l.typ {
+			return cause.New(cause.EventLogDiverged, "the event log is of another register than %s", l.reg.Name())
+		}
+	}
+	if n := len(l.state.Events); n > 0 {
+		// What Open found may lack its last extend; settle finds out.
+		if l.settled, err = lastRecord(data); err != nil {
+			return err
+		}
+	}
+	return l.settle(ctx)
+}
+
+// lastRecord returns the offset of the last record of a log that replayed.
+func lastRecord(data []byte) (off int, err error) {
+	for rest := data; len(rest) > 0; {
+		off = len(data) - len(rest)
+		for range 4 {
+			if _, _, rest, err = firstTLV(rest, MaxLog); err != nil {
+				return 0, cause.Wrap(cause.EventLogDiverged, err)
+			}
+		}
+	}
+	return off, nil
+}
+
+// values returns what the register holds without and with the last record.
+func (l *Log) values() (before, after []byte) {
+	if l.typ == cel.CCMRType {
+		return l.state.before384[:], l.state.SHA384[:]
+	}
+	return l.state.before256[:], l.state.SHA256[:]
+}
+
+// settle makes the register and the file agree: it extends the last record if
+// the register lacks exactly that one, and refuses any other difference.
+// l.mu is held, or l is not shared yet.
+func (l *Log) settle(ctx context.Context) error {
+	if l.broken != nil {
+		return l.broken
+	}
+	before, after := l.values()
+	got, err := l.reg.Read(ctx)
+	if err != nil {
+		return cause.Wrap(cause.TPMUnavailable, fmt.Errorf("read %s: %w", l.reg.Name(), err))
+	}
+	pending := l.settled < len(l.data)
+	if pending && bytes.Equal(got, before) {
+		digests := l.state.cel.Records()[len(l.state.Events)-1].Digests
+		extendErr := l.reg.Extend(ctx, digests)
+		// An error does not say that nothing was extended (the answer may be
+		// what got lost): only the register does.
+		if got, err = l.reg.Read(ctx); err != nil {
+			return cause.Wrap(cause.TPMUnavailable, fmt.Errorf("read %s: %w", l.reg.Name(), err))
+		}
+		if extendErr != nil && bytes.Equal(got, before) {
+			return cause.Wrap(cause.TPMUnavailable, fmt.Errorf("extend %s: %w", l.reg.Name(), extendErr))
+		}
+	}
+	if !bytes.Equal(got, after) {
+		l.broken = cause.New(cause.EventLogDiverged, "%s holds %x, the event log of %d events replays to %x", l.reg.Name(), got, len(l.state.Events), after)
+		return l.broken
+	}
+	l.settled = len(l.data)
+	return nil
+}
+
+// Append writes e to the log, durably, and then extends the register. When it
+// fails before the extend the event stays pending: the next Append, or the
+// next Open, extends it, and an Append of the same event is that retry. An
+// event that the order does not allow is refused with nothing written.
+func (l *Log) Append(ctx context.Context, e Event) error { return l.append(ctx, e, false) }
+
+// AppendOnce is Append for a caller that may have been restarted or is
+// retrying: an event that already has its effect is left as it is, and
+// nothing is extended.
+func (l *Log) AppendOnce(ctx context.Context, e Event) error { return l.append(ctx, e, true) }
+
+func (l *Log) append(ctx context.Context, e Event, once bool) error {
+	e = e.normal()
+	canonical, err := e.Canonical()
+	if err != nil {
+		return cause.Wrap(cause.Internal, err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pending := l.settled < len(l.data)
+	if err := l.settle(ctx); err != nil {
+		return err
+	}
+	if pending {
+		if last, err := l.state.Events[len(l.state.Events)-1].Canonical(); err == nil && bytes.Equal(last, canonical) {
+			return nil
+		}
+	}
+	if once && l.has(e) {
+		return nil
+	}
+	next, rec, err := l.next(e, canonical)
+	if err != nil {
+		return err
+	}
+	// Write-ahead: the record is on storage before the register changes, so
+	// a kill in between leaves a log that is exactly one extend ahead.
+	if err := writeWhole(l.path, next); err != nil {
+		return cause.New(cause.EventLogWrite, "write event log: %w", err)
+	}
+	state, err := Replay(next)
+	if err != nil {
+		return cause.New(cause.Internal, "event log after %s event (record %d): %w", e.Kind, rec.RecNum, err)
+	}
+	l.data, l.state = next, state
+	return l.settle(ctx)
+}
+
+// has says whether e needs no append. The first launch's events are there once
+// per boot, so their presence is enough; an upgrade's can come again (the same
+// version staged anew after a roll-back), so they count in the current set.
+func (l *Log) has(e Event) bool {
+	if e.Kind == KindPolicy || e.Kind == KindImage {
+		return slices.ContainsFunc(l.state.Events, func(o Event) bool { return reflect.DeepEqual(o, e) })
+	}
+	return l.state.state.done(e)
+}
+
+// next encodes the log with one more record.
+func (l *Log) next(e Event, canonical []byte) ([]byte, cel.Record, error) {
+	state := l.state.state.clone()
+	if err := state.apply(e); err != nil {
+		return nil, cel.Record{}, cause.New(cause.Internal, "event log: %w", err)
+	}
+	rec := cel.Record{
+		RecNum: uint64(len(l.state.Events)), Index: uint8(l.reg.Index()), IndexType: l.typ,
+		Digests: map[crypto.Hash][]byte{}, Content: cel.TLV{Type: ContentType, Value: canonical},
+	}
+	for _, h := range l.hashes {
+		d, err := content(canonical).GenerateDigest(h)
+		if err != nil {
+			return nil, rec, cause.Wrap(cause.Internal, err)
+		}
+		rec.Digests[h] = d
+	}
+	var buf bytes.Buffer
+	buf.Write(l.data)
+	if err := rec.EncodeCELR(&buf); err != nil {
+		return nil, rec, cause.Wrap(cause.Internal, err)
+	}
+	if buf.Len() > MaxLog || rec.RecNum >= MaxRecords {
+		return nil, rec, cause.New(cause.EventLogWrite, "the event log is full (%d records, %d bytes)", rec.RecNum, len(l.data))
+	}
+	return buf.Bytes(), rec, nil
+}
+
+// writeWhole replaces the file whole or not at all, and the change survives a
+// power cut once it returns.
+func writeWhole(path string, data []byte) error {
+	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+// Bytes returns the CEL-TLV bytes of every event that is in the register. It
+// waits for an append that is under way: the bytes never lag the register.
 func (l *Log) Bytes() []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return append([]byte(nil), l.data...)
+	return bytes.Clone(l.data[:l.settled])
 }
 
-// Events returns the events so far.
+// Events returns the events, one that is still pending included.
 func (l *Log) Events() []Event {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return append([]Event(nil), l.st.Events...)
+	events := slices.Clone(l.state.Events)
+	for i := range events {
+		events[i].Signers = slices.Clone(events[i].Signers)
+	}
+	return events
 }
 
-// State returns what the log says of the guest now.
+// State returns what the log says is running and staged.
 func (l *Log) State() State {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.st.State
+	return l.state.Running()
 }
 
-// With calls do with the log's bytes while no event can be appended, so that a
-// quote taken in do is of exactly these events.
-func (l *Log) With(do func(log []byte) error) error {
+// Check reads the register and fails with cause.EventLogDiverged when it is
+// not what the log replays to: somebody else extended it.
+func (l *Log) Check(ctx context.Context) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return do(append([]byte(nil), l.data...))
+	return l.settle(ctx)
 }
 
-// record encodes e as the next CEL record.
-func (l *Log) record(e Event) (raw, digest []byte, err error) {
-	h := l.reg.Hash()
-	if digest, err = e.GenerateDigest(h); err != nil {
-		return nil, nil, err
+// Close gives up the log. It writes nothing: every append is already durable.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.broken == nil {
+		l.broken = cause.New(cause.Internal, "the event log is closed")
 	}
-	content, err := e.TLV()
-	if err != nil {
-		return nil, nil, err
-	}
-	rec := cel.Record{
-		RecNum: uint64(len(l.st.Events)), Index: uint8(l.reg.Index()), IndexType: cel.PCRType,
-		Digests: map[crypto.Hash][]byte{h: digest}, Content: content,
-	}
-	if h == crypto.SHA384 {
-		rec.IndexType = cel.CCMRType
-	}
-	var buf bytes.Buffer
-	if err := rec.EncodeCELR(&buf); err != nil {
-		return nil, nil, err
-	}
-	return buf.Bytes(), digest, nil
-}
-
-// write appends record to the file and syncs it; on failure the file is as it
-// was, and the register has not moved.
-func (l *Log) write(record []byte) error {
-	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return cause.New(cause.EventLogWrite, "open the event log: %w", err)
-	}
-	defer f.Close()
-	at := int64(len(l.data))
-	_, err = f.WriteAt(record, at)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err == nil && at == 0 {
-		err = syncDir(filepath.Dir(l.path))
-	}
-	if err != nil {
-		if cut := f.Truncate(at); cut != nil {
-			l.broken = cut
-		}
-		if errors.Is(err, unix.ENOSPC) {
-			return cause.New(cause.StorageFull, "write the event log: %w", err)
-		}
-		return cause.New(cause.EventLogWrite, "write the event log: %w", err)
-	}
-	return nil
-}
-
-func (r *Replayed) value(h crypto.Hash) []byte {
-	if h == crypto.SHA384 {
-		return r.SHA384[:]
-	}
-	return r.SHA256[:]
-}
-
-func diverged(reg Register, value []byte, r *Replayed) error {
-	return cause.New(cause.EventLogDiverged, "the event log replays to %x, %s holds %x: something else extended the register, or the log is not of this boot",
-		r.value(reg.Hash()), reg.Name(), value)
-}
-
-func readLog(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, cause.New(cause.EventLogDiverged, "open the event log: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
-	if err != nil {
-		return nil, cause.New(cause.EventLogDiverged, "read the event log: %w", err)
-	}
-	if len(data) > MaxSize {
-		return nil, cause.New(cause.EventLogDiverged, "the event log is larger than %d bytes", MaxSize)
-	}
-	return data, nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return l.lock.Close()
 }

@@ -3,8 +3,8 @@ package eventlog
 import (
 	"bytes"
 	"crypto"
-	_ "crypto/sha256" // SHA-256 of PCRs
-	_ "crypto/sha512" // SHA-384 of RTMRs
+	"crypto/sha256"
+	"crypto/sha512"
 	"encoding/binary"
 	"fmt"
 
@@ -13,150 +13,187 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
-// tlvHeader is the size of a CEL TLV's type and length, in bytes.
-const tlvHeader = 5
+// The registers that a log can be of: CEL index type and index.
+const (
+	IndexPCR14 = 14 // cel.PCRType
+	IndexRTMR3 = 4  // cel.CCMRType: CC measurement register 4 is RTMR3
+)
 
-// Replayed is what a log says, and the register values that it replays to.
+// Replayed is a log that was read, checked and replayed.
 type Replayed struct {
 	Events []Event
-	SHA256 [32]byte // the register of a log whose records carry SHA-256 (PCR 14)
-	SHA384 [48]byte // the register of a log whose records carry SHA-384 (RTMR3)
-	State  State
+	SHA256 [32]byte // the register's value in a SHA-256 bank, from zero
+	SHA384 [48]byte // the register's value in a SHA-384 bank, from zero
+
+	state State
+	// before is the registers' value without the last record: what the
+	// register holds when an append was cut off before its extend.
+	before256 [32]byte
+	before384 [48]byte
+	cel       cel.CEL
 }
 
-// Running is what the log says of the guest at its end.
-func (r *Replayed) Running() State { return r.State }
+// Running returns what the log says is running and staged.
+func (r *Replayed) Running() State { return r.state.clone() }
 
-// Replay decodes a log and replays it: each record's digest must be the hash
-// of its content, the records numbered from 0 without a gap, and each event
-// explained by the ones before it. An empty log replays to zero registers.
+// Replay reads a log strictly and replays it from zero. Every record must be
+// of one register of ours, carry that register's digest, have digests that
+// are of its content, and be explained by the order that README.md fixes.
+// An empty log replays to zero. The error carries cause.EventLogDiverged.
 func Replay(data []byte) (*Replayed, error) {
-	r, _, err := replay(data)
+	r, err := replay(data)
 	if err != nil {
-		return nil, cause.New(cause.EventLogDiverged, "event log: %w", err)
+		return nil, cause.Wrap(cause.EventLogDiverged, err)
 	}
 	return r, nil
 }
 
-// replay also returns the offset at which each record begins.
-func replay(data []byte) (*Replayed, []int, error) {
-	if len(data) > MaxSize {
-		return nil, nil, fmt.Errorf("%d bytes, at most %d", len(data), MaxSize)
-	}
-	offsets, rest, err := frame(data)
-	if err != nil {
-		return nil, nil, err
-	}
-	if rest != len(data) {
-		return nil, nil, fmt.Errorf("record %d is cut off", len(offsets))
-	}
-	r := &Replayed{}
-	if len(data) == 0 {
-		return r, nil, nil
+func replay(data []byte) (*Replayed, error) {
+	if err := checkShape(data); err != nil {
+		return nil, err
 	}
 	log, err := cel.DecodeToCEL(bytes.NewBuffer(data))
 	if err != nil {
-		return nil, nil, err
+		return nil, fmt.Errorf("event log: %w", err)
 	}
-	first := log.Records()[0]
-	for n, rec := range log.Records() {
-		if rec.RecNum != uint64(n) {
-			return nil, nil, fmt.Errorf("record %d is numbered %d", n, rec.RecNum)
+	r := &Replayed{cel: log}
+	for i, rec := range log.Records() {
+		if rec.RecNum != uint64(i) {
+			return nil, fmt.Errorf("event log: record number %d, expected %d", rec.RecNum, i)
 		}
-		// go-eventlog checks the register types against each other only.
-		if rec.IndexType != first.IndexType || rec.Index != first.Index {
-			return nil, nil, fmt.Errorf("record %d is of another register", n)
+		if rec.IndexType != log.Records()[0].IndexType {
+			return nil, fmt.Errorf("event log: record %d is of another kind of register", i)
 		}
-		event, err := parseEvent(rec.Content)
+		if err := checkRegister(rec); err != nil {
+			return nil, fmt.Errorf("event log: record %d: %w", i, err)
+		}
+		if rec.Content.Type != ContentType {
+			return nil, fmt.Errorf("event log: record %d has content type %d, expected %d", i, rec.Content.Type, ContentType)
+		}
+		if err := cel.VerifyDigests(content(rec.Content.Value), rec.Digests); err != nil {
+			return nil, fmt.Errorf("event log: record %d: %w", i, err)
+		}
+		e, err := decodeEvent(rec.Content.Value)
 		if err != nil {
-			return nil, nil, fmt.Errorf("record %d: %w", n, err)
+			return nil, fmt.Errorf("event log: record %d: %w", i, err)
 		}
-		if err := r.extend(rec); err != nil {
-			return nil, nil, fmt.Errorf("record %d: %w", n, err)
+		if err := r.add(e, rec.Content.Value); err != nil {
+			return nil, fmt.Errorf("event log: record %d: %w", i, err)
 		}
-		if r.State, err = r.State.next(event); err != nil {
-			return nil, nil, fmt.Errorf("record %d: %w", n, err)
-		}
-		r.Events = append(r.Events, event)
 	}
-	return r, offsets, nil
+	return r, nil
 }
 
-// extend replays one record's digest. A record carries exactly the digest of
-// its register's bank.
-func (r *Replayed) extend(rec cel.Record) error {
-	h := crypto.SHA256
-	switch {
-	case rec.IndexType == cel.PCRType && rec.Index == PCRIndex:
-	case rec.IndexType == cel.CCMRType && rec.Index == RTMRIndex:
-		h = crypto.SHA384
-	default:
-		return fmt.Errorf("register %d of type %d is not one that events are measured into", rec.Index, rec.IndexType)
-	}
-	want, err := contentDigest(rec.Content, h)
-	if err != nil {
+// add explains e and extends both replayed values by its digest.
+func (r *Replayed) add(e Event, canonical []byte) error {
+	next := r.state.clone()
+	if err := next.apply(e); err != nil {
 		return err
 	}
-	if len(rec.Digests) != 1 || !bytes.Equal(rec.Digests[h], want) {
-		return fmt.Errorf("digest is not the %v of the content", h)
+	r.state = next
+	r.Events = append(r.Events, e)
+	r.before256, r.before384 = r.SHA256, r.SHA384
+	d256, d384 := sha256.Sum256(canonical), sha512.Sum384(canonical)
+	r.SHA256 = sha256.Sum256(append(r.SHA256[:], d256[:]...))
+	r.SHA384 = sha512.Sum384(append(r.SHA384[:], d384[:]...))
+	return nil
+}
+
+// checkRegister requires the register and the digest that belong together.
+func checkRegister(rec cel.Record) error {
+	var want crypto.Hash
+	switch {
+	case rec.IndexType == cel.PCRType && rec.Index == IndexPCR14:
+		want = crypto.SHA256
+	case rec.IndexType == cel.CCMRType && rec.Index == IndexRTMR3:
+		want = crypto.SHA384
+	default:
+		return fmt.Errorf("register type %d index %d is none of PCR 14 and RTMR3", rec.IndexType, rec.Index)
 	}
-	d := h.New()
-	if h == crypto.SHA256 {
-		d.Write(r.SHA256[:])
-		d.Write(want)
-		copy(r.SHA256[:], d.Sum(nil))
-	} else {
-		d.Write(r.SHA384[:])
-		d.Write(want)
-		copy(r.SHA384[:], d.Sum(nil))
+	if _, ok := rec.Digests[want]; !ok {
+		return fmt.Errorf("no %v digest", want)
 	}
 	return nil
 }
 
-// frame walks the TLVs, four a record, without trusting a length: go-eventlog
-// allocates what a length field says before it looks whether it is there. It
-// returns where records begin and the end of the last whole one.
-func frame(data []byte) (offsets []int, end int, err error) {
-	at := 0
-	for at < len(data) {
-		start := at
-		for field := range 4 {
-			if len(data)-at < tlvHeader {
-				return offsets, start, nil
+// TLV types of a CEL record, CEL v1 5.1.
+const (
+	tlvRecNum  = 0
+	tlvPCR     = 1
+	tlvDigests = 3
+	tlvCCMR    = 108
+
+	algSHA256 = 0x0B // TPM_ALG_ID, one byte in a CEL digest
+	algSHA384 = 0x0C
+	algSHA512 = 0x0D
+)
+
+var digestSize = map[byte]int{algSHA256: 32, algSHA384: 48, algSHA512: 64}
+
+// checkShape walks the TLVs and checks every length before the decoder, which
+// allocates what a length field says, sees them.
+func checkShape(data []byte) error {
+	if len(data) > MaxLog {
+		return fmt.Errorf("event log has %d bytes, at most %d are read", len(data), MaxLog)
+	}
+	for n := 0; len(data) > 0; n++ {
+		if n == MaxRecords {
+			return fmt.Errorf("event log has more than %d records", MaxRecords)
+		}
+		for _, f := range []struct {
+			name     string
+			min, max int
+			types    []byte
+		}{
+			{"record number", 8, 8, []byte{tlvRecNum}},
+			{"register index", 1, 1, []byte{tlvPCR, tlvCCMR}},
+			{"digests", 5 + 32, 3*5 + 32 + 48 + 64, []byte{tlvDigests}},
+			{"content", 2, MaxEvent, []byte{ContentType}},
+		} {
+			typ, value, rest, err := firstTLV(data, f.max)
+			if err != nil {
+				return fmt.Errorf("event log: record %d: %s: %w", n, f.name, err)
 			}
-			n := int64(binary.BigEndian.Uint32(data[at+1 : at+tlvHeader]))
-			if n > maxEvent+2*tlvHeader {
-				return nil, 0, fmt.Errorf("record %d: field %d says %d bytes", len(offsets), field, n)
+			if bytes.IndexByte(f.types, typ) < 0 || len(value) < f.min {
+				return fmt.Errorf("event log: record %d: %s has type %d and %d bytes", n, f.name, typ, len(value))
 			}
-			if int64(len(data)-at-tlvHeader) < n {
-				return offsets, start, nil
-			}
-			if field == 2 {
-				if err := frameDigests(data[at+tlvHeader : at+tlvHeader+int(n)]); err != nil {
-					return nil, 0, fmt.Errorf("record %d: %w", len(offsets), err)
+			if typ == tlvDigests {
+				if err := checkDigests(value); err != nil {
+					return fmt.Errorf("event log: record %d: %w", n, err)
 				}
 			}
-			at += tlvHeader + int(n)
+			data = rest
 		}
-		offsets = append(offsets, start)
-		if len(offsets) > maxEvents {
-			return nil, 0, fmt.Errorf("more than %d records", maxEvents)
-		}
-	}
-	return offsets, at, nil
-}
-
-// frameDigests holds the nested digest list to its bounds.
-func frameDigests(list []byte) error {
-	for len(list) > 0 {
-		if len(list) < tlvHeader {
-			return fmt.Errorf("digest list is cut off")
-		}
-		n := int64(binary.BigEndian.Uint32(list[1:tlvHeader]))
-		if n > int64(len(list)-tlvHeader) {
-			return fmt.Errorf("digest of %d bytes in %d", n, len(list)-tlvHeader)
-		}
-		list = list[tlvHeader+int(n):]
 	}
 	return nil
+}
+
+func checkDigests(data []byte) error {
+	seen := map[byte]bool{}
+	for len(data) > 0 {
+		alg, value, rest, err := firstTLV(data, 64)
+		if err != nil {
+			return fmt.Errorf("digests: %w", err)
+		}
+		if size, ok := digestSize[alg]; !ok || size != len(value) || seen[alg] {
+			return fmt.Errorf("digest of algorithm %#x with %d bytes is unknown, misshapen or there twice", alg, len(value))
+		}
+		seen[alg] = true
+		data = rest
+	}
+	return nil
+}
+
+func firstTLV(data []byte, maxLen int) (typ byte, value, rest []byte, err error) {
+	if len(data) < 5 {
+		return 0, nil, nil, fmt.Errorf("cut off after %d bytes", len(data))
+	}
+	n := uint64(binary.BigEndian.Uint32(data[1:5]))
+	if n > uint64(maxLen) {
+		return 0, nil, nil, fmt.Errorf("%d bytes long, at most %d are allowed", n, maxLen)
+	}
+	if n > uint64(len(data)-5) {
+		return 0, nil, nil, fmt.Errorf("cut off: %d bytes of %d", len(data)-5, n)
+	}
+	return data[0], data[5 : 5+n], data[5+n:], nil
 }

@@ -1,149 +1,172 @@
 package eventlog
 
-import "fmt"
-
-// Image is one measured image of a set.
-type Image struct {
-	Workload string `json:"workload"`
-	Image    string `json:"image"` // repository@sha256:…
-}
+import (
+	"fmt"
+	"slices"
+)
 
 // Set is a policy and the images that were measured under it.
 type Set struct {
-	Policy       string   `json:"policy"`
-	Version      uint64   `json:"version"`
-	PolicyDigest string   `json:"policyDigest"`
-	Signers      []string `json:"signers"`
-	Images       []Image  `json:"images"`
+	Policy  string   // name
+	Version uint64   // of the policy
+	Digest  string   // "sha256:…" of the signed payload
+	Signers []string // fingerprints that signed it, ascending
+	Images  []Image  // in the order of their events
 }
 
-// Has says whether the set measured the image, given as repository@sha256:….
+// Image is one workload's image.
+type Image struct {
+	Workload string
+	Image    string // repository@sha256:…
+}
+
+// Has says whether the image was measured in this set for any workload.
 func (s *Set) Has(image string) bool {
-	if s == nil {
-		return false
-	}
-	for _, i := range s.Images {
-		if i.Image == image {
-			return true
-		}
-	}
-	return false
+	return s != nil && slices.ContainsFunc(s.Images, func(i Image) bool { return i.Image == image })
 }
 
-func (s *Set) hasEvent(e Event) bool {
-	for _, i := range s.Images {
-		if i.Image == e.Image && i.Workload == e.Workload {
-			return true
-		}
-	}
-	return false
-}
-
-// State is what a log says of the guest at its end. Only Running counts as
-// running; Staged is good for a key release and nothing else.
+// State is what a log says, read from its start to its end.
 type State struct {
-	Running   *Set // the last committed set; the launch's own counts as committed
-	Previous  *Set // the last good one, while a rollback to it is possible
-	Staged    *Set // an upgrade under way
-	Destroyed bool
-	Debug     bool
+	Set             // what runs: the initial set or the last committed one; Policy is "" before the first event
+	Staged     *Set // a set under way: good for key release, never counted as running
+	Previous   *Set // what a roll-back of the running set goes back to; nil when there is none
+	RolledBack *Set // the set that the last event gave up, until the next one is staged
+	Destroyed  bool
+	Debug      bool
 }
 
-// next is the state after e, or why e cannot come here. The rules are the
-// table "order" of README.md: events that nobody explains fail.
-func (s State) next(e Event) (State, error) {
-	if err := e.check(); err != nil {
-		return s, err
-	}
-	if s.Destroyed {
-		return s, fmt.Errorf("event %q after destroy", e.Kind)
-	}
-	if s.Running == nil && e.Kind != KindPolicy && e.Kind != KindDestroy && e.Kind != KindDebug {
-		return s, fmt.Errorf("event %q before the launch policy", e.Kind)
-	}
-	switch e.Kind {
-	case KindPolicy:
-		if s.Running != nil {
-			return s, fmt.Errorf("a second launch policy")
-		}
-		s.Running = newSet(e)
-	case KindImage:
-		if s.Staged != nil || s.Previous != nil {
-			return s, fmt.Errorf("a launch image after an upgrade began")
-		}
-		if s.Running.hasEvent(e) {
-			return s, fmt.Errorf("image of workload %q measured twice", e.Workload)
-		}
-		s.Running = s.Running.with(e)
-	case KindPolicyStaged:
-		if e.Policy != s.Running.Policy || e.PolicyVersion <= s.Running.Version {
-			return s, fmt.Errorf("staged policy %s version %d does not follow %s version %d", e.Policy, e.PolicyVersion, s.Running.Policy, s.Running.Version)
-		}
-		s.Staged = newSet(e) // replaces a staging that was given up by a crash
-	case KindImageStaged:
-		if s.Staged == nil {
-			return s, fmt.Errorf("a staged image without a staged policy")
-		}
-		if s.Staged.hasEvent(e) {
-			return s, fmt.Errorf("staged image of workload %q measured twice", e.Workload)
-		}
-		s.Staged = s.Staged.with(e)
-	case KindCommitted:
-		if s.Staged == nil || s.Staged.PolicyDigest != e.PolicyDigest || s.Staged.Version != e.PolicyVersion || s.Staged.Policy != e.Policy {
-			return s, fmt.Errorf("committed policy is not the staged one")
-		}
-		s.Previous, s.Running, s.Staged = s.Running, s.Staged, nil
-	case KindRolledBack:
-		to := s.Running
-		if s.Staged == nil {
-			to = s.Previous
-		}
-		if to == nil || to.PolicyDigest != e.PolicyDigest || to.Version != e.PolicyVersion || to.Policy != e.Policy {
-			return s, fmt.Errorf("rolled back to a policy that is not the last good one")
-		}
-		// Previous is dropped when the committed set was given up; giving up a
-		// staging leaves nothing older to go back to either.
-		s.Running, s.Previous, s.Staged = to, nil, nil
-	case KindDestroy:
-		s.Destroyed = true
-	case KindDebug:
-		s.Debug = true
-	}
-	return s, nil
+func (s State) clone() State {
+	s.Set = *cloneSet(&s.Set)
+	s.Staged, s.Previous, s.RolledBack = cloneSet(s.Staged), cloneSet(s.Previous), cloneSet(s.RolledBack)
+	return s
 }
 
-// done says whether e has already been logged and still stands, so that a
-// restart or a retry does not repeat it.
-func (s State) done(e Event) bool {
-	switch e.Kind {
-	case KindPolicy:
-		return s.Running != nil && s.Running.is(e)
-	case KindImage:
-		return s.Running != nil && s.Running.hasEvent(e)
-	case KindPolicyStaged:
-		return s.Staged != nil && s.Staged.is(e)
-	case KindImageStaged:
-		return s.Staged != nil && s.Staged.hasEvent(e)
-	case KindCommitted:
-		return s.Staged == nil && s.Previous != nil && s.Running.PolicyDigest == e.PolicyDigest
-	case KindRolledBack:
-		return s.Staged == nil && s.Previous == nil && s.Running != nil && s.Running.PolicyDigest == e.PolicyDigest
-	case KindDestroy:
-		return s.Destroyed
+func cloneSet(s *Set) *Set {
+	if s == nil {
+		return nil
 	}
-	return false
+	c := *s
+	c.Signers, c.Images = slices.Clone(s.Signers), slices.Clone(s.Images)
+	return &c
 }
 
-func newSet(e Event) *Set {
-	return &Set{Policy: e.Policy, Version: e.PolicyVersion, PolicyDigest: e.PolicyDigest, Signers: append([]string(nil), e.Signers...)}
+func newSet(e Event) Set {
+	return Set{Policy: e.Policy, Version: e.PolicyVersion, Digest: e.PolicyDigest, Signers: slices.Clone(e.Signers)}
 }
 
 func (s *Set) is(e Event) bool {
-	return s.Policy == e.Policy && s.Version == e.PolicyVersion && s.PolicyDigest == e.PolicyDigest
+	return s != nil && s.Policy == e.Policy && s.Version == e.PolicyVersion && s.Digest == e.PolicyDigest
 }
 
-func (s *Set) with(e Event) *Set {
-	c := *s
-	c.Images = append(append([]Image(nil), s.Images...), Image{e.Workload, e.Image})
-	return &c
+// same is is, with the signers.
+func (s *Set) same(e Event) bool { return s.is(e) && slices.Equal(s.Signers, e.Signers) }
+
+func (s *Set) hasWorkload(e Event) bool {
+	return s != nil && slices.Contains(s.Images, Image{e.Workload, e.Image})
+}
+
+func (s *Set) addImage(e Event) error {
+	for _, i := range s.Images {
+		if i.Workload == e.Workload {
+			return fmt.Errorf("second %s event for workload %q", e.Kind, e.Workload)
+		}
+	}
+	s.Images = append(s.Images, Image{e.Workload, e.Image})
+	return nil
+}
+
+// upgraded says whether a set was ever staged: the initial set is closed then.
+func (s *State) upgraded() bool {
+	return s.Staged != nil || s.Previous != nil || s.RolledBack != nil
+}
+
+// apply explains one more event or says why it cannot be there.
+//
+//	                 ┌── image*
+//	(empty) ─policy─► running ─policy-staged─► staged ─committed─► running
+//	                     ▲                      │ image-staged*      │
+//	                     └──────rolled-back─────┴──────rolled-back───┘
+//	anywhere: debug; destroy, after which nothing comes
+func (s *State) apply(e Event) error {
+	if s.Destroyed {
+		return fmt.Errorf("%s event after destroy", e.Kind)
+	}
+	if s.Policy == "" && e.Kind != KindPolicy && e.Kind != KindDebug && e.Kind != KindDestroy {
+		return fmt.Errorf("%s event before the policy event", e.Kind)
+	}
+	switch e.Kind {
+	case KindPolicy:
+		if s.Policy != "" {
+			return fmt.Errorf("second policy event (version %d after %d)", e.PolicyVersion, s.Version)
+		}
+		s.Set = newSet(e)
+	case KindImage:
+		if s.upgraded() {
+			return fmt.Errorf("image event for workload %q after an upgrade began", e.Workload)
+		}
+		return s.addImage(e)
+	case KindPolicyStaged:
+		if s.Staged != nil {
+			return fmt.Errorf("policy-staged event for version %d while version %d is staged", e.PolicyVersion, s.Staged.Version)
+		}
+		if e.Policy != s.Policy || e.PolicyVersion <= s.Version {
+			return fmt.Errorf("policy-staged event for %q version %d does not follow %q version %d", e.Policy, e.PolicyVersion, s.Policy, s.Version)
+		}
+		next := newSet(e)
+		// Staging the next set confirms the running one: from here on only
+		// the staged set can be rolled back.
+		s.Staged, s.Previous, s.RolledBack = &next, nil, nil
+	case KindImageStaged:
+		if s.Staged == nil {
+			return fmt.Errorf("image-staged event for workload %q with nothing staged", e.Workload)
+		}
+		return s.Staged.addImage(e)
+	case KindCommitted:
+		if !s.Staged.is(e) {
+			return fmt.Errorf("committed event for version %d, which is not staged", e.PolicyVersion)
+		}
+		s.Previous = cloneSet(&s.Set)
+		s.Set, s.Staged = *s.Staged, nil
+	case KindRolledBack:
+		switch {
+		case s.Staged.is(e):
+			s.RolledBack, s.Staged = s.Staged, nil
+		case s.Staged == nil && s.Previous != nil && s.is(e):
+			s.RolledBack = cloneSet(&s.Set)
+			s.Set, s.Previous = *s.Previous, nil
+		default:
+			return fmt.Errorf("rolled-back event for version %d, which is neither staged nor just committed", e.PolicyVersion)
+		}
+	case KindDestroy:
+		s.Destroyed = true
+	case KindDebug:
+		if s.Debug {
+			return fmt.Errorf("second debug event")
+		}
+		s.Debug = true
+	default:
+		return fmt.Errorf("unknown event %q", clip(string(e.Kind)))
+	}
+	return nil
+}
+
+// done says whether an upgrade, destroy or debug event has had its effect
+// already: appending it again would only repeat it. It is what makes a restart
+// or a retry safe.
+func (s *State) done(e Event) bool {
+	switch e.Kind {
+	case KindPolicyStaged:
+		return s.Staged.same(e)
+	case KindImageStaged:
+		return s.Staged.hasWorkload(e)
+	case KindCommitted:
+		return s.Staged == nil && s.Previous != nil && s.is(e)
+	case KindRolledBack:
+		return s.Staged == nil && s.RolledBack.is(e)
+	case KindDestroy:
+		return s.Destroyed
+	case KindDebug:
+		return s.Debug
+	}
+	return false
 }
