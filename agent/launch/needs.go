@@ -75,6 +75,7 @@ type Session interface {
 // Claims are what the broker's verified token says of this instance.
 type Claims struct {
 	HasMark     bool // the broker said something about the policy's version
+	PolicyName  string
 	VersionMark uint64
 	Signers     []string // fingerprints of the current signers, if the broker names them
 	InstanceID  string

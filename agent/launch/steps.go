@@ -112,6 +112,9 @@ func (a *Agent) checkClaims(c Claims, g *generation) error {
 		}
 		return nil
 	}
+	if c.PolicyName != p.Name {
+		return cause.New(cause.TokenInvalid, "the broker's token is about policy %q, expected %s", c.PolicyName, p.Name)
+	}
 	if c.VersionMark > p.Version {
 		return cause.New(cause.PolicyBelowFloor, "policy %s has version %d, the broker's mark is %d", p.Name, p.Version, c.VersionMark)
 	}

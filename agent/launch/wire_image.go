@@ -53,19 +53,15 @@ func (i remoteImage) SBOM(ctx context.Context, keys KeyFunc) ([]byte, error) {
 
 func (i remoteImage) CheckEncryption() error { return i.Image.CheckEncryption(i.rule.Encryption) }
 
-// providerAnnotation holds a layer's wrapped key (kbs-protocol, "ocicrypt key
-// provider attestation-agent").
-const providerAnnotation = "org.opencontainers.image.enc.keys.provider.attestation-agent"
-
 func (i remoteImage) Unwrap(ctx context.Context, keys KeyFunc) (LayerKeys, error) {
 	out := LayerKeys{}
 	for n, layer := range i.Manifest().Layers {
 		if !strings.HasSuffix(layer.MediaType, "+encrypted") {
 			continue
 		}
-		annotation := layer.Annotations[providerAnnotation]
+		annotation := layer.Annotations[keyrelease.AnnotationKey]
 		if annotation == "" {
-			return nil, cause.New(cause.KeyMalformed, "layer %d of %s is encrypted for nobody that this agent is: no annotation %s", n, i.rule.Name, providerAnnotation)
+			return nil, cause.New(cause.KeyMalformed, "layer %d of %s is encrypted for nobody that this agent is: no annotation %s", n, i.rule.Name, keyrelease.AnnotationKey)
 		}
 		options, err := keyrelease.UnwrapLayerKey(ctx, getter(keys), annotation)
 		if err != nil {

@@ -41,6 +41,6 @@ type session struct{ *keyrelease.Session }
 
 func (s session) Claims() Claims {
 	t := s.Token()
-	return Claims{HasMark: t.PolicyName != "", VersionMark: t.VersionMark, Signers: t.Signers,
+	return Claims{HasMark: t.HasMark, PolicyName: t.PolicyName, VersionMark: t.VersionMark, Signers: t.Signers,
 		InstanceID: t.InstanceID, Tombstone: t.Tombstone, IssuedAt: t.IssuedAt}
 }

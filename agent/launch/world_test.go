@@ -41,7 +41,7 @@ type world struct {
 
 func newWorld() *world {
 	w := &world{fail: map[string]func() error{}, policies: map[string]*policy.Policy{}, images: map[string]bool{},
-		claims: Claims{HasMark: true, VersionMark: 1, IssuedAt: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), InstanceID: "i-1"}}
+		claims: Claims{HasMark: true, PolicyName: "shop", VersionMark: 1, IssuedAt: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC), InstanceID: "i-1"}}
 	w.log = &fakeLog{w: w}
 	w.podman = &fakePodman{w: w, containers: map[string]*fakeContainer{}}
 	return w
