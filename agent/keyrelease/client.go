@@ -222,8 +222,11 @@ func retry[T any](ctx context.Context, cl *Client, do func() (T, error)) (T, err
 
 // refusal gives an error answer of the broker the cause code that fits.
 func refusal(code cause.Code, err error) error {
-	var answer *kbs.Error
-	if !errors.As(err, &answer) {
+	var (
+		coded  *cause.Error
+		answer *kbs.Error
+	)
+	if errors.As(err, &coded) || !errors.As(err, &answer) {
 		return err
 	}
 	switch answer.Variant() {
