@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cc-runtime/cvm-agent/image-build/brokercmd"
+	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
@@ -52,7 +54,8 @@ func command() *cobra.Command {
 			return cmd.Help()
 		},
 	}
-	root.AddCommand(publish.Command(), versionCommand())
+	root.AddCommand(publish.Command(), brokercmd.Command(), versionCommand())
+	root.AddCommand(policycmd.Commands()...)
 	usageErrors(root)
 	return root
 }
@@ -70,13 +73,20 @@ func versionCommand() *cobra.Command {
 }
 
 // usageErrors gives the errors of flags and arguments, which cobra makes, the
-// code for usage in every command below c.
+// code for usage in every command below c. A group of commands called without
+// one of them is such an error too.
 func usageErrors(c *cobra.Command) {
 	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 		return cause.Wrap(cause.Usage, err)
 	})
 	if args := c.Args; args != nil {
 		c.Args = func(cmd *cobra.Command, a []string) error { return cause.Wrap(cause.Usage, args(cmd, a)) }
+	}
+	if !c.Runnable() && c.HasSubCommands() {
+		c.Args = cobra.ArbitraryArgs
+		c.RunE = func(cmd *cobra.Command, a []string) error {
+			return cause.New(cause.Usage, "expected a command after %q, see %s --help", cmd.CommandPath(), cmd.CommandPath())
+		}
 	}
 	for _, sub := range c.Commands() {
 		usageErrors(sub)
