@@ -59,7 +59,11 @@ func DecodeYAML(data []byte) (*Policy, error) {
 		return nil, decodeCause(err)
 	}
 	if err := p.Validate(); err != nil {
-		return nil, where.Locate(err)
+		var f *bounded.FieldError
+		if where.Locate(err); errors.As(err, &f) {
+			err = cause.New(cause.Of(err), "policy: %w", f) // its text, now with the line
+		}
+		return nil, err
 	}
 	return &p, nil
 }

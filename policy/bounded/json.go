@@ -38,14 +38,17 @@ func (l Limits) orDefaults() Limits {
 // FieldError says what is wrong and where.
 type FieldError struct {
 	Path   string // such as workloads[0].image; empty for the document itself
-	Line   int    // from 1
+	Line   int    // from 1; 0 where the text is not at hand
 	Column int    // from 1, in bytes
 	Msg    string
 	Err    error // a sentinel of this package, or nil
 }
 
 func (e *FieldError) Error() string {
-	where := fmt.Sprintf("line %d, column %d: ", e.Line, e.Column)
+	where := ""
+	if e.Line > 0 {
+		where = fmt.Sprintf("line %d, column %d: ", e.Line, e.Column)
+	}
 	if e.Path != "" {
 		where += e.Path + ": "
 	}

@@ -24,20 +24,22 @@ type Positions map[string]Position
 
 // Locate fills in the position of a *FieldError that has none, from its path or
 // the nearest parent that was written. Other errors are left alone.
-func (w Positions) Locate(err error) error {
+//
+// An error that wraps err by text keeps its old text: wrap after locating.
+func (w Positions) Locate(err error) {
 	var f *FieldError
 	if !errors.As(err, &f) || f.Line != 0 {
-		return err
+		return
 	}
 	for path := f.Path; ; {
 		if at, ok := w[path]; ok {
 			f.Line, f.Column = at.Line, at.Column
-			return err
+			return
 		}
 		cut := strings.LastIndexAny(path, ".[")
 		if cut < 0 {
 			f.Line, f.Column = 1, 1
-			return err
+			return
 		}
 		path = path[:cut]
 	}
@@ -64,7 +66,8 @@ func DecodeYAML(data []byte, v any, l Limits) (Positions, error) {
 			f.Line = 0 // that of the JSON, which nobody has seen
 			f.Path = bracketed.ReplaceAllString(f.Path, "[$1]")
 		}
-		return nil, where.Locate(err)
+		where.Locate(err)
+		return nil, err
 	}
 	return where, nil
 }
