@@ -126,13 +126,13 @@ func (s *sequence) phase(ctx context.Context, name, workload string, deadline ti
 	defer cancel()
 	st := s.a.rec.begin(s.name, name, workload)
 	err := do(limited, st)
-	if err != nil && cause.Of(err) == cause.Internal {
-		switch {
-		case ctx.Err() != nil:
-			err = cause.New(cause.Cancelled, "%w", err)
-		case limited.Err() != nil:
-			err = cause.New(cause.DeadlineExceeded, "not done within %s: %w", deadline, err)
-		}
+	switch {
+	case err == nil:
+	case ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.As(err, new(*PhaseError))):
+		// Stopped from outside. What stopped it is not this phase's cause.
+		err = cause.New(cause.Cancelled, "given up: another phase failed or the agent is stopping")
+	case limited.Err() != nil && cause.Of(err) == cause.Internal:
+		err = cause.New(cause.DeadlineExceeded, "not done within %s: %w", deadline, err)
 	}
 	st.end(err)
 	if err != nil {

@@ -1,12 +1,12 @@
 package launch
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
@@ -179,14 +179,15 @@ func (a *Agent) verify(g *generation, w *item, phase phaseFunc) error {
 	}); err != nil {
 		return err
 	}
-	var both errgroup.Group
-	both.Go(func() error {
-		return phase("signature", d, func(ctx context.Context, st *step) error {
+	var signature, attestation error
+	var both sync.WaitGroup
+	both.Go(func() {
+		signature = phase("signature", d, func(ctx context.Context, st *step) error {
 			return a.retry(ctx, st, func(ctx context.Context) error { return w.image.VerifySignatures(ctx, a.publicKeys(st, g)) })
 		})
 	})
-	both.Go(func() error {
-		return phase("attestation", d, func(ctx context.Context, st *step) error {
+	both.Go(func() {
+		attestation = phase("attestation", d, func(ctx context.Context, st *step) error {
 			if !w.rule.SBOM.Required {
 				st.skipped("the policy asks for no SBOM")
 				return nil
@@ -197,7 +198,10 @@ func (a *Agent) verify(g *generation, w *item, phase phaseFunc) error {
 			})
 		})
 	})
-	return both.Wait()
+	both.Wait()
+	// Of two failures the image's own signature is the one to name, however
+	// the two ran.
+	return cmp.Or(signature, attestation)
 }
 
 // measure puts the image into the event log, once.
@@ -321,10 +325,11 @@ func (a *Agent) healthy(ctx context.Context, st *step, g *generation, w *item) e
 	if err != nil {
 		return err
 	}
-	if w.rule.Run.HealthCheck == nil {
-		st.progress("no health check: it runs")
+	if err := podman.WaitHealthy(ctx, w.id, w.container, func(err error) { st.progress("%s", textOf(err)) }); err != nil {
+		return err
 	}
-	return podman.WaitHealthy(ctx, w.id, w.container, func(err error) { st.progress("%s", textOf(err)) })
+	st.progress("") // the last failed probe is history
+	return nil
 }
 
 // healthTime is longer than the check's own deadline, which words the failure.
