@@ -28,7 +28,9 @@ func TestMain(m *testing.M) {
 		hostile(os.Args[2])
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	removeProgram()
+	os.Exit(code)
 }
 
 // hostile tries one thing and prints "denied" or what it got.
