@@ -24,10 +24,9 @@ import (
 
 // Register is the hardware register behind a log.
 //
-// Extend extends every bank of digests once; when it fails, whether it
-// extended is unknown, and the log finds out by Read. Read returns the
-// register's value: 32 bytes (SHA-256) for a PCR, 48 (SHA-384) for an RTMR.
-// A Register with a method Banks() []crypto.Hash gets digests for those too.
+// Extend extends by the digest of the register's own hash, SHA-256 for a PCR
+// and SHA-384 for an RTMR; when it fails, whether it extended is unknown, and
+// the log finds out by Read. Read returns the register's value, 32 or 48 bytes.
 type Register interface {
 	Name() string // "pcr14" or "rtmr3"
 	Index() int   // IndexPCR14 or IndexRTMR3
@@ -41,11 +40,11 @@ const FileName = "eventlog.cel"
 
 // Log is an open event log. It is safe for concurrent use.
 type Log struct {
-	path   string
-	reg    Register
-	typ    cel.MRType
-	hashes []crypto.Hash // the register's own first
-	lock   *os.File
+	path string
+	reg  Register
+	typ  cel.MRType
+	hash crypto.Hash // of the register's bank
+	lock *os.File
 
 	mu      sync.Mutex
 	data    []byte    // every record that is in the file
@@ -63,18 +62,11 @@ func Open(ctx context.Context, dir string, reg Register) (*Log, error) {
 	l := &Log{path: filepath.Join(dir, FileName), reg: reg}
 	switch {
 	case strings.HasPrefix(reg.Name(), "pcr") && reg.Index() == IndexPCR14:
-		l.typ, l.hashes = cel.PCRType, []crypto.Hash{crypto.SHA256}
+		l.typ, l.hash = cel.PCRType, crypto.SHA256
 	case strings.HasPrefix(reg.Name(), "rtmr") && reg.Index() == IndexRTMR3:
-		l.typ, l.hashes = cel.CCMRType, []crypto.Hash{crypto.SHA384}
+		l.typ, l.hash = cel.CCMRType, crypto.SHA384
 	default:
 		return nil, cause.New(cause.EventLogDiverged, "register %s (index %d) is none of PCR 14 and RTMR3", reg.Name(), reg.Index())
-	}
-	if b, ok := reg.(interface{ Banks() []crypto.Hash }); ok {
-		for _, h := range b.Banks() {
-			if !slices.Contains(l.hashes, h) {
-				l.hashes = append(l.hashes, h)
-			}
-		}
 	}
 	if err := l.acquire(); err != nil {
 		return nil, err
@@ -243,16 +235,13 @@ func (l *Log) next(e Event, canonical []byte) ([]byte, cel.Record, error) {
 	if err := state.apply(e); err != nil {
 		return nil, cel.Record{}, cause.New(cause.Internal, "event log: %w", err)
 	}
+	d, err := content(canonical).GenerateDigest(l.hash)
+	if err != nil {
+		return nil, cel.Record{}, cause.Wrap(cause.Internal, err)
+	}
 	rec := cel.Record{
 		RecNum: uint64(len(l.state.Events)), Index: uint8(l.reg.Index()), IndexType: l.typ,
-		Digests: map[crypto.Hash][]byte{}, Content: cel.TLV{Type: ContentType, Value: canonical},
-	}
-	for _, h := range l.hashes {
-		d, err := content(canonical).GenerateDigest(h)
-		if err != nil {
-			return nil, rec, cause.Wrap(cause.Internal, err)
-		}
-		rec.Digests[h] = d
+		Digests: map[crypto.Hash][]byte{l.hash: d}, Content: cel.TLV{Type: ContentType, Value: canonical},
 	}
 	var buf bytes.Buffer
 	buf.Write(l.data)

@@ -171,7 +171,7 @@ func TestAnotherEventAfterALostExtendKeepsBoth(t *testing.T) {
 	requireConverged(t, l, reg, 3)
 }
 
-// Row 5 and 7 in the log's part: a register that somebody else used.
+// A register that somebody else used.
 func TestForeignExtendIsDivergence(t *testing.T) {
 	foreign := sha256.Sum256([]byte("foreign"))
 	t.Run("before the log began", func(t *testing.T) {

@@ -110,8 +110,8 @@ func checkRegister(rec cel.Record) error {
 	default:
 		return fmt.Errorf("register type %d index %d is none of PCR 14 and RTMR3", rec.IndexType, rec.Index)
 	}
-	if _, ok := rec.Digests[want]; !ok {
-		return fmt.Errorf("no %v digest", want)
+	if _, ok := rec.Digests[want]; !ok || len(rec.Digests) != 1 {
+		return fmt.Errorf("%d digests, expected one of %v", len(rec.Digests), want)
 	}
 	return nil
 }
@@ -125,10 +125,9 @@ const (
 
 	algSHA256 = 0x0B // TPM_ALG_ID, one byte in a CEL digest
 	algSHA384 = 0x0C
-	algSHA512 = 0x0D
 )
 
-var digestSize = map[byte]int{algSHA256: 32, algSHA384: 48, algSHA512: 64}
+var digestSize = map[byte]int{algSHA256: 32, algSHA384: 48}
 
 // checkShape walks the TLVs and checks every length before the decoder, which
 // allocates what a length field says, sees them.
@@ -147,7 +146,7 @@ func checkShape(data []byte) error {
 		}{
 			{"record number", 8, 8, []byte{tlvRecNum}},
 			{"register index", 1, 1, []byte{tlvPCR, tlvCCMR}},
-			{"digests", 5 + 32, 3*5 + 32 + 48 + 64, []byte{tlvDigests}},
+			{"digests", 5 + 32, 5 + 48, []byte{tlvDigests}},
 			{"content", 2, MaxEvent, []byte{ContentType}},
 		} {
 			typ, value, rest, err := firstTLV(data, f.max)
@@ -171,7 +170,7 @@ func checkShape(data []byte) error {
 func checkDigests(data []byte) error {
 	seen := map[byte]bool{}
 	for len(data) > 0 {
-		alg, value, rest, err := firstTLV(data, 64)
+		alg, value, rest, err := firstTLV(data, 48)
 		if err != nil {
 			return fmt.Errorf("digests: %w", err)
 		}
