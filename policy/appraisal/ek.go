@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -248,8 +247,10 @@ func parseEKCert(der []byte) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the EK certificate is not DER: %w", err)
 	}
-	if strings.Trim(string(rest), "\x00\xff") != "" {
-		return nil, errors.New("the EK certificate has data after its end")
+	for _, b := range rest {
+		if b != 0x00 && b != 0xff {
+			return nil, errors.New("the EK certificate has data after its end")
+		}
 	}
 	cert, err := x509.ParseCertificate(raw.FullBytes)
 	if err != nil {

@@ -271,8 +271,10 @@ func TestEKCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatalf("padding after the certificate: %v", err)
 	}
-	if _, err := parseEKCert(append(slices.Clone(p.EKCert), 1)); err == nil {
-		t.Error("data after the certificate was accepted")
+	for _, b := range []byte{1, 0xfe, 0x80} {
+		if _, err := parseEKCert(append(slices.Clone(p.EKCert), b)); err == nil {
+			t.Errorf("the byte %#x after the certificate was accepted", b)
+		}
 	}
 	if _, err := verifyEK(cert, roots(t, ca), time.Now()); err != nil {
 		t.Fatal(err)

@@ -200,14 +200,14 @@ func (p *TPM) Activate(c *kbs.CVMAgentChallenge) ([]byte, error) {
 	rsp, err := tpm2.ActivateCredential{
 		ActivateHandle: tpm2.AuthHandle{Handle: p.ak.Handle, Name: p.ak.Name, Auth: tpm2.PasswordAuth(nil)},
 		KeyHandle: tpm2.AuthHandle{Handle: p.ek.Handle, Name: p.ek.Name, Auth: tpm2.Policy(tpm2.TPMAlgSHA256, 16,
-			tpm2.PolicyCallback(func(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
+			func(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
 				_, err := tpm2.PolicySecret{
 					AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
 					PolicySession: session,
 					NonceTPM:      nonce,
 				}.Execute(t)
 				return err
-			}))},
+			})},
 		CredentialBlob: *blob,
 		Secret:         *secret,
 	}.Execute(p.tpm)
