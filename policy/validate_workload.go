@@ -71,7 +71,7 @@ func checkImage(at, ref string) error {
 		return ruleAs(cause.PolicyImageNotByDigest, at, "%q names a tag beside the digest: leave the tag out", clip(ref))
 	case m == nil || len(ref) > 512:
 		return rule(at, "%q is not host/repository@sha256: and 64 hexadecimal digits", clip(ref))
-	case !hostPort.MatchString(m[1]) || !(strings.ContainsAny(m[1], ".:") || m[1] == "localhost"):
+	case !hostPort.MatchString(m[1]) || (!strings.ContainsAny(m[1], ".:") && m[1] != "localhost"):
 		return rule(at, "%q does not begin with a registry host", clip(ref))
 	}
 	return nil

@@ -114,9 +114,10 @@ func firstInvalid(data []byte) int {
 func located(data []byte, err error) error {
 	at := func(off int64, path, msg string) error {
 		w := &walker{data: data}
-		e := w.fail(int(off), nil, "%s", msg).(*FieldError)
-		e.Path = path
-		return e
+		if path != "" {
+			w.path = []string{path}
+		}
+		return w.fail(int(off), nil, "%s", msg)
 	}
 	var syn *json.SyntaxError
 	var typ *json.UnmarshalTypeError

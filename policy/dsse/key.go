@@ -55,7 +55,7 @@ func Fingerprint(pub crypto.PublicKey) (string, error) {
 	}
 	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
-		return "", fmt.Errorf("%w: %v", ErrKey, err)
+		return "", fmt.Errorf("%w: %w", ErrKey, err)
 	}
 	sum := sha256.Sum256(der)
 	return hex.EncodeToString(sum[:]), nil
@@ -93,7 +93,7 @@ func ParsePublicKeysPEM(data []byte) ([]crypto.PublicKey, error) {
 		}
 		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %v", ErrKey, err)
+			return nil, fmt.Errorf("%w: %w", ErrKey, err)
 		}
 		if err := CheckPublicKey(pub); err != nil {
 			return nil, err
@@ -116,7 +116,7 @@ func MarshalPublicKeyPEM(pub crypto.PublicKey) ([]byte, error) {
 	}
 	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %v", ErrKey, err)
+		return nil, fmt.Errorf("%w: %w", ErrKey, err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
 }

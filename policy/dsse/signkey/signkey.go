@@ -46,7 +46,7 @@ func Load(pemKey, passphrase []byte) (dsse.Signer, error) {
 		// DSSE verifiers do not expect.
 		sv, err = cosign.LoadPrivateKey(pemKey, passphrase, &[]signature.LoadOption{})
 		if err != nil {
-			return nil, fmt.Errorf("%w: the passphrase does not open it, or it is damaged (%v)", dsse.ErrKey, err)
+			return nil, fmt.Errorf("%w: the passphrase does not open it, or it is damaged (%w)", dsse.ErrKey, err)
 		}
 	case block.Type == cosign.PrivateKeyPemType:
 		key, perr := x509.ParsePKCS8PrivateKey(block.Bytes)
@@ -55,14 +55,14 @@ func Load(pemKey, passphrase []byte) (dsse.Signer, error) {
 		}
 		sv, err = signature.LoadSignerVerifier(key, crypto.SHA256)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %v", dsse.ErrKey, err)
+			return nil, fmt.Errorf("%w: %w", dsse.ErrKey, err)
 		}
 	default:
 		return nil, fmt.Errorf("PEM type %q, expected %q (cosign) or %q (PKCS #8): %w", block.Type, cosign.SigstorePrivateKeyPemType, cosign.PrivateKeyPemType, dsse.ErrKey)
 	}
 	pub, err := sv.PublicKey()
 	if err != nil {
-		return nil, fmt.Errorf("%w: %v", dsse.ErrKey, err)
+		return nil, fmt.Errorf("%w: %w", dsse.ErrKey, err)
 	}
 	if err := dsse.CheckPublicKey(pub); err != nil {
 		return nil, err
