@@ -60,25 +60,26 @@ func (s *story) rollback(ctx context.Context) error {
 	return s.secondVersion(ctx)
 }
 
-// refuseImage copies the bits of version 1 to another repository, where stock
-// cosign signs them with a key that the policy does not name.
+// refuseImage has a hostile registry replace the signature of version 1 by one
+// that stock cosign makes with a key that the policy does not name. Everything
+// else about the image is as it was, and version 4 of the policy, rightly
+// signed, names it.
 func (s *story) refuseImage(ctx context.Context) error {
 	stranger, err := s.rig.NewKeys(ctx, "stranger")
 	if err != nil {
 		return err
 	}
-	resigned := s.stage.Registry.Reference("demo/resigned", "@"+s.web1.ManifestDigest)
-	if err := s.stage.Copy(ctx, s.web1.Digest, s.stage.Registry.Reference("demo/resigned", ":v1")); err != nil {
+	if err := s.stage.Unsign(ctx, s.web1.Digest); err != nil {
 		return err
 	}
-	if err := s.stage.CosignSign(ctx, resigned, stranger); err != nil {
+	if err := s.stage.CosignSign(ctx, s.web1.Digest, stranger); err != nil {
 		return err
 	}
-	if err := s.stage.CosignVerify(ctx, resigned, stranger); err != nil {
+	if err := s.stage.CosignVerify(ctx, s.web1.Digest, stranger); err != nil {
 		return err
 	}
 	policy4 := s.rig.Path("policy", "demo-4.yaml")
-	if err := rig.Edit(s.policy2, policy4, map[string]string{"version: 2\n": "version: 4\n", s.web2.Digest: resigned}); err != nil {
+	if err := rig.Edit(s.policy2, policy4, map[string]string{"version: 2\n": "version: 4\n", s.web2.Digest: s.web1.Digest}); err != nil {
 		return err
 	}
 	signed, err := s.stage.SignPolicy(ctx, policy4)

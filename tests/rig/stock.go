@@ -31,6 +31,22 @@ func (r *Rig) CosignAttest(ctx context.Context, ref, predicate string, k *Keys) 
 	return err
 }
 
+// Unsign deletes the cosign signatures of an image, repository@sha256:…, from
+// the registry; its attestations stay.
+func (r *Rig) Unsign(ctx context.Context, digest string) error {
+	return r.deleteTag(ctx, digest, ".sig")
+}
+
+// Unattest deletes the cosign attestations of an image; its signatures stay.
+func (r *Rig) Unattest(ctx context.Context, digest string) error {
+	return r.deleteTag(ctx, digest, ".att")
+}
+
+func (r *Rig) deleteTag(ctx context.Context, digest, suffix string) error {
+	_, err := r.Run(ctx, nil, "skopeo", "delete", "--tls-verify=false", "docker://"+strings.Replace(digest, "@sha256:", ":sha256-", 1)+suffix)
+	return err
+}
+
 // CosignVerify verifies the image signature of ref with stock cosign.
 func (r *Rig) CosignVerify(ctx context.Context, ref string, k *Keys) error {
 	return r.cosignVerify(ctx, k, ref, "verify")
