@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"io"
 	"slices"
 	"strings"
@@ -118,7 +119,7 @@ func (r *run) checkCipherText(ctx context.Context, repo name.Repository, i int, 
 	defer rc.Close()
 	head := make([]byte, 262)
 	n, err := io.ReadFull(rc, head)
-	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		return refused("layer %d: %w", i, err)
 	}
 	head = head[:n]

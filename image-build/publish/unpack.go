@@ -172,7 +172,7 @@ func (r *run) scan(ctx context.Context, layoutDir string, s Step) ([]byte, error
 	if err := os.Mkdir(root, 0o700); err != nil {
 		return nil, err
 	}
-	defer removeTree(root)
+	defer func() { _ = removeTree(root) }() // early, for the space; the run removes what is left, and says so
 	if err := unpack(ctx, img, root, s); err != nil {
 		return nil, failed(cause.PublishFailed, "unpack image for the SBOM", err)
 	}
@@ -190,7 +190,7 @@ func (r *run) scan(ctx context.Context, layoutDir string, s Step) ([]byte, error
 	}
 	sbom, readErr := bounded.ReadAll(out, maxSBOM)
 	if readErr != nil {
-		cmd.Cancel()
+		_ = cmd.Cancel() // Wait tells how it ended
 	}
 	if err := cmd.Wait(); err != nil || readErr != nil {
 		if ctx.Err() != nil {
