@@ -92,7 +92,20 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 		WithTool("syft", ScannerVersion()).
 		WithCatalogerSelection(cataloging.NewSelectionRequest().WithDefaults("image")).
 		WithFilesConfig(filecataloging.DefaultConfig().WithSelection(file.AllFilesSelection).WithHashers())
-	found, err := syft.CreateSBOM(ctx, src, cfg)
+	// The index of the root (file types by content) and the licence matcher
+	// take about a second each and do not need one another; the source keeps
+	// the index for CreateSBOM.
+	indexed := make(chan error, 1)
+	go func() {
+		_, err := src.FileResolver(cfg.Search.Scope)
+		indexed <- err
+	}()
+	scanCtx, err := syft.SetContextLicenseScanner(ctx, cfg.Licenses)
+	if err := errors.Join(err, <-indexed); err != nil {
+		cancel()
+		return errors.Join(fmt.Errorf("index: %w", err), <-digested)
+	}
+	found, err := syft.CreateSBOM(scanCtx, src, cfg)
 	if err != nil {
 		cancel()
 		return errors.Join(fmt.Errorf("scan: %w", err), <-digested)
