@@ -128,8 +128,9 @@ func (s *sequence) phase(ctx context.Context, name, workload string, deadline ti
 	err := do(limited, st)
 	switch {
 	case err == nil:
-	case ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.As(err, new(*PhaseError))):
-		// Stopped from outside. What stopped it is not this phase's cause.
+	case ctx.Err() != nil:
+		// Stopped from outside, whatever it then ran into: what stopped it is
+		// the cause, and that is not this phase's.
 		err = cause.New(cause.Cancelled, "given up: another phase failed or the agent is stopping")
 	case limited.Err() != nil && cause.Of(err) == cause.Internal:
 		err = cause.New(cause.DeadlineExceeded, "not done within %s: %w", deadline, err)
