@@ -31,7 +31,6 @@ func BenchmarkFetch(b *testing.B) {
 	open := push(b, reg+"/plain", false, raw)
 	sealed := push(b, reg+"/sealed", true, raw)
 	size := int64(len(raw))
-	raw = nil
 	n := 0
 	fresh := func(b *testing.B) string {
 		n++

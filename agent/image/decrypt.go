@@ -21,7 +21,8 @@ const (
 )
 
 // Unwrap returns the private options of one encrypted layer (ocicrypt's
-// PrivateLayerBlockCipherOptions as JSON): the layer key, unwrapped.
+// PrivateLayerBlockCipherOptions as JSON): the layer key, unwrapped. The slice stays the caller's, to
+// wipe when Fetch has returned.
 type Unwrap func(ctx context.Context, annotations map[string]string, desc ocispec.Descriptor) (privOpts []byte, err error)
 
 // decrypter wraps a layer's stream. Its io.EOF comes after the HMAC of the
@@ -49,7 +50,6 @@ func decrypter(ctx context.Context, r io.Reader, d ocispec.Descriptor, unwrap Un
 	if err != nil {
 		return nil, cause.Wrap(cause.KeyRefused, err)
 	}
-	defer clear(priv)
 	if len(priv) > maxOptions || json.Unmarshal(priv, &opts.Private) != nil {
 		// The parser's own words could quote the key.
 		return nil, cause.New(cause.KeyMalformed, "the released key of layer %s cannot be decoded", d.Digest)
@@ -76,7 +76,7 @@ type plainReader struct {
 
 func (p *plainReader) Read(b []byte) (int, error) {
 	n, err := p.r.Read(b)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		// One of ours from below keeps its cause; ocicrypt's own is the HMAC's.
 		var c *cause.Error
 		if !errors.As(err, &c) {

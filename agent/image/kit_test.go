@@ -129,7 +129,6 @@ func gzipped(t testing.TB, data []byte) []byte {
 type published struct {
 	ref  string
 	priv map[digest.Digest][]byte // private options by encrypted layer digest
-	img  v1.Image
 }
 
 func (p *published) unwrap(_ context.Context, _ map[string]string, d ocispec.Descriptor) ([]byte, error) {

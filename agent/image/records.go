@@ -7,7 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"hash"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -72,10 +72,7 @@ func (r records) remove(id string) {
 type tableWriter struct {
 	f   *renameio.PendingFile
 	buf bytes.Buffer
-	sum interface {
-		io.Writer
-		Sum([]byte) []byte
-	}
+	sum hash.Hash
 }
 
 func (r records) newTable(id string) (*tableWriter, error) {

@@ -99,7 +99,7 @@ func (s *Stored) FileDigests() (map[string][32]byte, error) {
 			}
 			if e.Type != filetable.Dir {
 				hidden[e.Path] = true
-			} else if _, ok := out[e.Path]; ok {
+			} else {
 				delete(out, e.Path) // a directory in place of a file
 			}
 		})

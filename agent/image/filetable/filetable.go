@@ -322,10 +322,10 @@ func Read(r io.Reader, max int, yield func(line []byte, e Entry) error) error {
 			}
 			continue
 		}
-		if err == io.EOF && len(part) == 0 && len(long) == 0 {
+		if errors.Is(err, io.EOF) && len(part) == 0 && len(long) == 0 {
 			return nil
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return fmt.Errorf("%w: last line is cut off", ErrMalformed)
 		}
 		if err != nil {

@@ -126,14 +126,25 @@ func verifyConfined() error {
 	for _, f := range []cap.Flag{cap.Permitted, cap.Effective} {
 		_ = want.SetFlag(f, true, keep...)
 	}
-	if diff, err := cap.GetProc().Cf(want); err != nil || diff != 0 {
-		return fmt.Errorf("capabilities are %q after the drop (%v)", cap.GetProc(), err)
+	diff, err := cap.GetProc().Cf(want)
+	if err != nil {
+		return fmt.Errorf("reading capabilities back: %w", err)
 	}
-	if v, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || v != 1 {
-		return fmt.Errorf("no-new-privileges reads back as %d (%v)", v, err)
+	if diff != 0 {
+		return fmt.Errorf("capabilities are %q after the drop", cap.GetProc())
 	}
-	if v, err := unix.PrctlRetInt(unix.PR_GET_SECCOMP, 0, 0, 0, 0); err != nil || v != 2 {
-		return fmt.Errorf("seccomp mode reads back as %d (%v)", v, err)
+	for _, q := range []struct {
+		name string
+		op   int
+		want int
+	}{{"no-new-privileges", unix.PR_GET_NO_NEW_PRIVS, 1}, {"the seccomp mode", unix.PR_GET_SECCOMP, unix.SECCOMP_MODE_FILTER}} {
+		v, err := unix.PrctlRetInt(q.op, 0, 0, 0, 0)
+		if err != nil {
+			return fmt.Errorf("reading %s back: %w", q.name, err)
+		}
+		if v != q.want {
+			return fmt.Errorf("%s reads back as %d, expected %d", q.name, v, q.want)
+		}
 	}
 	return nil
 }

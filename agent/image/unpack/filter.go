@@ -57,7 +57,7 @@ func (f *filter) run(in io.Reader, out io.Writer) error {
 	files, logical := 0, int64(0)
 	for {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -225,7 +225,7 @@ type onlyWriter struct{ io.Writer }
 func (s *splitter) decompress(out *stage) (int64, error) {
 	br := bufio.NewReaderSize(s.in, chunkSize)
 	magic, err := br.Peek(4)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return 0, err
 	}
 	var r io.Reader = br
@@ -262,7 +262,7 @@ func (s *splitter) decompress(out *stage) (int64, error) {
 		if total > ratioFromByte && total/int64(s.limits.MaxRatio) > s.in.n {
 			return total, cause.New(cause.ImageLimits, "the layer unpacks to more than %d times its size", s.limits.MaxRatio)
 		}
-		end := err == io.EOF
+		end := errors.Is(err, io.EOF)
 		if err != nil && !end {
 			return total, cause.New(cause.LayerMalformed, "decompressing: %w", err)
 		}
