@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -102,7 +101,7 @@ func (a *Agent) Run(ctx context.Context, l *net.UnixListener) error {
 		a.manager.notify("STATUS=" + err.Error())
 		return err
 	}
-	a.settleMemory()
+	settleMemory()
 	a.watch(ctx)
 	a.manager.notify("STOPPING=1")
 	return nil
@@ -126,24 +125,6 @@ func (a *Agent) becomeReady(g *generation) error {
 	a.mu.Unlock()
 	a.manager.notify("READY=1")
 	return nil
-}
-
-// Heap limits. A launch verifies and streams; an idle agent only answers.
-const (
-	launchMemory = 64 << 20
-	idleMemory   = 24 << 20
-)
-
-// LimitMemory tunes the collector for a launch. Both limits are soft.
-func LimitMemory() {
-	debug.SetGCPercent(50)
-	debug.SetMemoryLimit(launchMemory)
-}
-
-// settleMemory returns what the launch used to the system.
-func (a *Agent) settleMemory() {
-	debug.SetMemoryLimit(idleMemory)
-	debug.FreeOSMemory()
 }
 
 // swap makes g what runs.

@@ -87,7 +87,10 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 	}
 	a.setPolicy(g)
 	st.progress("%s version %d, %s", g.policy().Name, g.policy().Version, g.verified.Digest)
-	return a.open(g)
+	if err := a.open(g); err != nil {
+		return err
+	}
+	return cause.Wrap(cause.StorageFailed, g.images.PruneUncommitted(ctx))
 }
 
 // allow holds the platform against the policy's list.

@@ -300,3 +300,14 @@ func TestConfig(t *testing.T) {
 		t.Error("requireBrokerMark: false")
 	}
 }
+
+func FuzzDecodeConfig(f *testing.F) {
+	f.Add([]byte("trust: {signers: [aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa]}\ntpm: unix:/x\n"))
+	f.Add([]byte("a: &a [*a]\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := DecodeConfig(data)
+		if err == nil && (len(c.Trust.Signers) == 0 || c.Trust.Threshold < 1) {
+			t.Errorf("accepted a configuration that trusts nobody: %+v", c)
+		}
+	})
+}

@@ -44,8 +44,10 @@ func (a *Agent) Upgrade(ctx context.Context, body []byte) error {
 	if err != nil {
 		return err
 	}
+	LimitMemory()
 	err = withPhase(a.upgrade(ctx, body))
 	a.finish(o, err, nil)
+	settleMemory()
 	return err
 }
 

@@ -97,7 +97,8 @@ func TestReal(t *testing.T) {
 
 	t.Run("the idle daemon is small", func(t *testing.T) {
 		time.Sleep(2 * time.Second)
-		t.Logf("idle PSS %d KiB, peak RSS %d KiB", field(t, guest.Agent.PID(), "smaps_rollup", "Pss:"), field(t, guest.Agent.PID(), "status", "VmHWM:"))
+		pid := guest.Agent.PID()
+		t.Logf("idle PSS %d KiB, of it anonymous %d KiB; peak RSS %d KiB", field(t, pid, "smaps_rollup", "Pss:"), field(t, pid, "smaps_rollup", "Pss_Anon:"), field(t, pid, "status", "VmHWM:"))
 	})
 
 	t.Run("a killed daemon converges: nothing is extended twice, the workload is replaced", func(t *testing.T) {

@@ -215,7 +215,8 @@ func (f fakeImages) Remove(_ context.Context, id string) error {
 	delete(f.w.images, id)
 	return err
 }
-func (fakeImages) Close() error { return nil }
+func (f fakeImages) PruneUncommitted(context.Context) error { return f.w.call("prune") }
+func (fakeImages) Close() error                             { return nil }
 
 type fakeImage struct {
 	w    *world
