@@ -69,7 +69,8 @@ fuzz: ## every fuzz target for FUZZTIME (default 10s)
 	@sh tests/fuzz.sh $(FUZZTIME) . $(SBOM_MODULE)
 
 bench: deps build ## the numbers of DESIGN.md, in one run
-	go test $(GO_TEST_EXEC) -timeout 60m -run '^$$' -bench . -benchtime 1x -count 1 ./tests/bench
+	@go build -ldflags '-s -w' -o bin/cvm-bench ./tests/bench
+	@$(AS_ROOT) bin/cvm-bench $(BENCHFLAGS)
 
 clean: ## remove bin/
 	rm -rf bin

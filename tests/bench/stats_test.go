@@ -1,0 +1,67 @@
+package main
+
+import (
+	"slices"
+	"testing"
+)
+
+func TestStat(t *testing.T) {
+	for name, c := range map[string]struct {
+		samples          []float64
+		median, min, max float64
+	}{
+		"no samples are zero":                          {nil, 0, 0, 0},
+		"one sample is all three":                      {[]float64{7}, 7, 7, 7},
+		"an odd number has a middle one":               {[]float64{9, 1, 5}, 5, 1, 9},
+		"an even number has the mean of the two":       {[]float64{4, 1, 3, 2}, 2.5, 1, 4},
+		"one outlier moves the spread, not the middle": {[]float64{2, 2, 2, 2, 90}, 2, 2, 90},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := slices.Clone(c.samples)
+			s := stat(c.samples)
+			if s.Median != c.median || s.Min != c.min || s.Max != c.max {
+				t.Errorf("%v: median %v, min %v, max %v", c.samples, s.Median, s.Min, s.Max)
+			}
+			if !slices.Equal(c.samples, before) || !slices.Equal(s.Samples, before) {
+				t.Errorf("the order of the runs changed: %v, was %v", c.samples, before)
+			}
+		})
+	}
+}
+
+func TestRatios(t *testing.T) {
+	for name, c := range map[string]struct{ over, under, want []float64 }{
+		"pair by pair, not sorted against sorted": {[]float64{2, 9}, []float64{4, 3}, []float64{0.5, 3}},
+		"a pair that lacks a side is left out":    {[]float64{2, 9, 4}, []float64{4, 3}, []float64{0.5, 3}},
+		"nothing is divided by zero":              {[]float64{2, 9}, []float64{0, 3}, []float64{3}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := ratios(c.over, c.under); !slices.Equal(got, c.want) {
+				t.Errorf("got %v, expected %v", got, c.want)
+			}
+		})
+	}
+}
+
+func TestRowsMeetTheirBars(t *testing.T) {
+	for name, c := range map[string]struct {
+		row Row
+		met bool
+	}{
+		"below an upper bound": {Row{Stat: stat([]float64{0.9}), Bar: 1, Compare: atMost}, true},
+		"above an upper bound": {Row{Stat: stat([]float64{1.1}), Bar: 1, Compare: atMost}, false},
+		"above a lower bound":  {Row{Stat: stat([]float64{4.2}), Bar: 4, Compare: atLeast}, true},
+		"below a lower bound":  {Row{Stat: stat([]float64{3.9}), Bar: 4, Compare: atLeast}, false},
+		"nothing measured":     {Row{Stat: stat(nil), Bar: 4, Compare: atMost}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if c.row.judge(); c.row.Met == nil || *c.row.Met != c.met {
+				t.Errorf("got %v, expected %v", c.row.Met, c.met)
+			}
+		})
+	}
+	free := Row{Stat: stat([]float64{1})}
+	if free.judge(); free.Met != nil {
+		t.Error("a row without a bar is judged")
+	}
+}
