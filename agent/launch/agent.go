@@ -84,7 +84,9 @@ func (a *Agent) Run(ctx context.Context, l *net.UnixListener) error {
 	go a.watchdog(ctx)
 	defer func() {
 		cancel()
-		<-served
+		if err := <-served; err != nil {
+			a.logger.Error("the control socket", "error", err)
+		}
 		if a.log != nil {
 			_ = a.log.Close()
 		}

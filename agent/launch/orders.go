@@ -64,11 +64,11 @@ func withPhase(err error) error {
 // Destroy carries out the destroy order to its outcome.
 func (a *Agent) Destroy(ctx context.Context) error {
 	a.mu.Lock()
-	switch {
-	case a.state == control.StateStarting:
+	switch a.state {
+	case control.StateStarting:
 		a.mu.Unlock()
 		return cause.New(cause.NotReady, "orders are accepted only once the launch is ready")
-	case a.state == control.StateDestroying:
+	case control.StateDestroying:
 		running := a.current
 		a.mu.Unlock()
 		<-running.done

@@ -118,7 +118,7 @@ func (p fakePlatform) Log(ctx context.Context) (Log, error) {
 		return nil, err
 	}
 	if p.w.log.Log != nil {
-		_ = p.w.log.Log.Close() // the former daemon is gone
+		_ = p.w.log.Close() // the former daemon is gone
 	}
 	l, err := eventlog.Open(ctx, p.w.logDir, &p.w.register)
 	if err != nil {

@@ -208,10 +208,10 @@ func address(data *define.InspectContainerData, ports []policy.Port, port uint16
 	if data.HostConfig != nil {
 		mode = data.HostConfig.NetworkMode
 	}
-	switch {
-	case mode == "host":
+	switch mode {
+	case "host":
 		return join("127.0.0.1", port), nil
-	case mode == "none":
+	case "none":
 		return "", fmt.Errorf("port %d cannot be probed: the container has no network", port)
 	}
 	if n := data.NetworkSettings; n != nil {
