@@ -102,8 +102,8 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 	if !utf8.Valid(raw) {
 		return nil, bad("not UTF-8")
 	}
-	if bytes.Count(raw, []byte("[")) > 0 && !shallow(raw) {
-		return nil, bad("nested too deeply: %w", bounded.ErrDepth)
+	if err := checkShape(raw); err != nil {
+		return nil, bad("%w", err)
 	}
 	var doc initdataTOML
 	if err := toml.NewDecoder(bytes.NewReader(raw)).DisallowUnknownFields().Decode(&doc); err != nil {
@@ -112,10 +112,10 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 		switch {
 		case errors.As(err, &strict) && len(strict.Errors) > 0:
 			line, col := strict.Errors[0].Position()
-			return nil, bad("line %d, column %d: %s: %w", line, col, strings.Join(strict.Errors[0].Key(), "."), bounded.ErrUnknownField)
+			return nil, bad("line %d, column %d: %s: %w", line, col, clipKey(strings.Join(strict.Errors[0].Key(), ".")), bounded.ErrUnknownField)
 		case errors.As(err, &at):
 			line, col := at.Position()
-			return nil, bad("line %d, column %d: %s", line, col, strings.TrimPrefix(at.Error(), "toml: "))
+			return nil, bad("line %d, column %d: %s", line, col, clipKey(strings.TrimPrefix(at.Error(), "toml: ")))
 		}
 		return nil, bad("%w", err)
 	}
@@ -126,7 +126,7 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 	}
 	for name := range names {
 		if name != "version" && name != "algorithm" && name != "data" {
-			return nil, bad("%s: %w", name, bounded.ErrUnknownField)
+			return nil, bad("%s: %w", clipKey(name), bounded.ErrUnknownField)
 		}
 	}
 	if doc.Version != InitdataVersion {
@@ -135,31 +135,13 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 	if err := checkAlgorithm(doc.Algorithm); err != nil {
 		return nil, err
 	}
-	if len(doc.Data) > 64 {
-		return nil, bad("%d entries in [data], at most 64 are accepted", len(doc.Data))
+	if len(doc.Data) > maxInitdataEntries {
+		return nil, bad("%d entries in [data], at most %d are accepted", len(doc.Data), maxInitdataEntries)
 	}
 	if doc.Data == nil {
 		doc.Data = map[string]string{}
 	}
 	return &Initdata{Algorithm: doc.Algorithm, Data: doc.Data, Raw: bytes.Clone(raw)}, nil
-}
-
-// shallow tells whether no line opens more brackets than a document of ours
-// can need outside strings; it only protects the TOML parser's recursion.
-func shallow(raw []byte) bool {
-	run := 0
-	for _, b := range raw {
-		switch b {
-		case '[', '{':
-			if run++; run > 512 {
-				return false
-			}
-		case ' ', '\t', '\n', '\r':
-		default:
-			run = 0
-		}
-	}
-	return true
 }
 
 func checkAlgorithm(a string) error {
