@@ -51,6 +51,7 @@ const (
 	MaxLog     = 1 << 20 // bytes of a log
 	MaxRecords = 4096    // records of a log
 	MaxEvent   = 4096    // bytes of one event's canonical JSON
+	maxImages  = 64      // images of one set; a policy has at most 32 workloads
 	maxSigners = 32
 	maxText    = 512
 )

@@ -3,6 +3,7 @@ package eventlog
 import (
 	"bytes"
 	"crypto"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -167,6 +168,21 @@ func TestReplayRefuses(t *testing.T) {
 				t.Fatalf("got %v", err)
 			}
 		})
+	}
+}
+
+// A log of 4000 images took half a second to read: every event copies its set.
+func TestImagesOfOnePolicyAreBounded(t *testing.T) {
+	events := []Event{policyEvent(KindPolicy, 1)}
+	for i := range maxImages {
+		events = append(events, imageEvent(KindImage, fmt.Sprintf("w%d", i), "1"))
+	}
+	if _, err := Replay(encode(t, events...)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Replay(encode(t, append(events, imageEvent(KindImage, "more", "1"))...))
+	if cause.Of(err) != cause.EventLogDiverged || !strings.Contains(err.Error(), "more than 64 images") {
+		t.Errorf("one more: %v", err)
 	}
 }
 

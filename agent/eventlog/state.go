@@ -71,6 +71,11 @@ func (s *Set) addImage(e Event) error {
 			return fmt.Errorf("second %s event for workload %q", e.Kind, e.Workload)
 		}
 	}
+	// Every event copies its set: unbounded, a log would cost its reader the
+	// square of its length.
+	if len(s.Images) == maxImages {
+		return fmt.Errorf("%s event for workload %q: more than %d images under one policy", e.Kind, e.Workload, maxImages)
+	}
 	s.Images = append(s.Images, Image{e.Workload, e.Image})
 	return nil
 }
