@@ -239,7 +239,8 @@ func (b *bench) discard(ctx context.Context, podman *rig.Podman, dirs ...string)
 	// The configuration stays: the rig asks podman about this storage again
 	// when it closes.
 	for _, dir := range append(dirs, podman.GraphRoot, podman.RunRoot) {
-		err = errors.Join(err, unmountUnder(dir), os.RemoveAll(dir))
+		// conmon's own cleanup may mount the storage again for a moment.
+		err = errors.Join(err, rig.Eventually(ctx, 10*time.Second, func() error { return errors.Join(unmountUnder(dir), os.RemoveAll(dir)) }))
 	}
 	return err
 }

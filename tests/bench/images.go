@@ -33,7 +33,7 @@ const recipe = "1"
 const (
 	debianSuite    = "bookworm"
 	debianVariant  = "important"
-	debianPackages = "python3,perl,gcc,g++"
+	debianPackages = "python3,perl,gcc"
 )
 
 // The small image: the server and this much made-up data.

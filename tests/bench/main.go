@@ -32,6 +32,7 @@ type options struct {
 	output  string
 	images  []string
 	idle    time.Duration
+	storage string // "tmpfs" or a directory
 	verbose bool
 	cache   string
 }
@@ -60,6 +61,7 @@ func parse(args []string) (o options, err error) {
 	images := flags.String("images", small+","+large, "images to measure with")
 	flags.DurationVar(&o.idle, "idle", 5*time.Second, "how long after ready the idle memory is taken")
 	flags.StringVar(&o.output, "output", "text", "text or json")
+	flags.StringVar(&o.storage, "storage", "tmpfs", "where everything works: tmpfs, or an existing directory")
 	flags.BoolVar(&o.verbose, "v", false, "say what the rig starts")
 	if err := flags.Parse(args); err != nil {
 		return o, err
@@ -69,7 +71,7 @@ func parse(args []string) (o options, err error) {
 		o.runs, o.images, o.idle = 2, []string{small}, 2*time.Second
 	}
 	if flags.NArg() > 0 || o.runs < 1 || o.output != "text" && o.output != "json" {
-		return o, errors.New("usage: bench [-runs N] [-quick] [-images 20MB,500MB] [-idle 5s] [-output text|json] [-v]")
+		return o, errors.New("usage: bench [-runs N] [-quick] [-images 20MB,500MB] [-idle 5s] [-output text|json] [-storage tmpfs|DIR] [-v]")
 	}
 	for _, name := range o.images {
 		if name != large && name != small {
@@ -102,7 +104,11 @@ func run(ctx context.Context, o options, out, errs io.Writer) (err error) {
 	if o.verbose {
 		details = errs
 	}
-	r, err := rig.New(rig.Options{Out: details})
+	dir, err := workDir(o.storage)
+	if err != nil {
+		return err
+	}
+	r, err := rig.New(rig.Options{Dir: dir, Out: details})
 	if err != nil {
 		return err
 	}
@@ -128,6 +134,26 @@ func run(ctx context.Context, o options, out, errs io.Writer) (err error) {
 	}
 	report.LoadAfter, report.Seconds = loadAverage(), time.Since(b.began).Seconds()
 	return report.write(out, o.output)
+}
+
+// workDir makes the work directory; the rig unmounts and removes it. On tmpfs,
+// which is what the design asks podman's storage to be, nothing but the
+// programs under test takes time: a disk has its own load and its own history.
+// An ext4 without a journal, for one, looks at every inode that was deleted in
+// the last minutes before it makes a new one, so that runs which clean up after
+// each other measure that.
+func workDir(storage string) (string, error) {
+	if storage != "tmpfs" {
+		return os.MkdirTemp(storage, "cvm-bench-")
+	}
+	dir, err := os.MkdirTemp("", "cvm-bench-")
+	if err != nil {
+		return "", err
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_NOSUID, "mode=0700"); err != nil {
+		return "", errors.Join(fmt.Errorf("mounting a tmpfs on %s: %w", dir, err), os.Remove(dir))
+	}
+	return dir, nil
 }
 
 // measurements are those with one image. Times are seconds, memory is MiB; the

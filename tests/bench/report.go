@@ -53,6 +53,7 @@ type Report struct {
 	Kernel     string     `json:"kernel"`
 	Go         string     `json:"go"`
 	Runs       int        `json:"runs"`
+	Storage    string     `json:"storage"`
 	LoadBefore string     `json:"loadBefore"`
 	LoadAfter  string     `json:"loadAfter"`
 	Seconds    float64    `json:"seconds"` // of the whole program
@@ -64,7 +65,7 @@ type Report struct {
 func newReport(o options) *Report {
 	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease") // no more than a note
 	return &Report{Time: time.Now().UTC(), CPUs: runtime.NumCPU(), Kernel: strings.TrimSpace(string(kernel)), Go: runtime.Version(),
-		Runs: o.runs, LoadBefore: loadAverage()}
+		Runs: o.runs, Storage: o.storage, LoadBefore: loadAverage()}
 }
 
 func loadAverage() string {
@@ -151,8 +152,8 @@ func (r *Report) write(out io.Writer, format string) error {
 		return encoder.Encode(r)
 	}
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "%s, %d CPUs, Linux %s, %s, %d runs of each side, alternating, load %s before and %s after, took %.0f s\n",
-		r.Time.Format(time.RFC3339), r.CPUs, r.Kernel, r.Go, r.Runs, r.LoadBefore, r.LoadAfter, r.Seconds)
+	fmt.Fprintf(t, "%s, %d CPUs, Linux %s, %s, %d runs of each side, alternating, on %s, load %s before and %s after, took %.0f s\n",
+		r.Time.Format(time.RFC3339), r.CPUs, r.Kernel, r.Go, r.Runs, r.Storage, r.LoadBefore, r.LoadAfter, r.Seconds)
 	for _, s := range r.Images {
 		fmt.Fprintf(t, "\n%s image: %.0f MB unpacked, %.0f MB compressed, %d entries, one layer\n\n", s.Name, mb(s.Unpacked), mb(s.Compressed), s.Entries)
 		fmt.Fprintln(t, "what\tmedian\tmin\tmax\tn\tbar\t")

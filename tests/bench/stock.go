@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"syscall"
 	"time"
@@ -69,7 +70,7 @@ func (b *bench) chain(ctx context.Context, p *published) (t timing, steps map[st
 	}
 	const verify = ` --key "$KEY" --insecure-ignore-tlog=true --allow-insecure-registry --allow-http-registry "$IMAGE" `
 	const normal = `del(.creationInfo, .documentNamespace)`
-	env := []string{offline, "DIR=" + dir, "KEY=" + b.stage.Signer.Public, "JWE=" + b.jwe, "IMAGE=" + p.encrypted,
+	env := []string{offline, "TMPDIR=" + dir, "DIR=" + dir, "KEY=" + b.stage.Signer.Public, "JWE=" + b.jwe, "IMAGE=" + p.encrypted,
 		"COSIGN=" + b.stage.Tool("cosign"), "SYFT=" + b.stage.Tool("syft")}
 	steps = map[string]float64{}
 	t, err = timed(func() error {
@@ -110,11 +111,14 @@ var chainOrder = []string{"cosign verify", "cosign verify-attestation", "jq of t
 
 // syft scans the plain image in the registry, with its own defaults.
 func (b *bench) syft(ctx context.Context, p *published) (timing, error) {
-	file := b.stage.Path("syft.json")
-	defer os.Remove(file)
+	dir, err := os.MkdirTemp(b.stage.Dir, "syft-")
+	if err != nil {
+		return timing{}, err
+	}
+	defer os.RemoveAll(dir)
 	return timed(func() error {
-		_, err := b.stage.Run(ctx, []string{offline, "SYFT_REGISTRY_INSECURE_USE_HTTP=true"},
-			b.stage.Tool("syft"), "scan", "--quiet", "registry:"+p.plain, "--output", "spdx-json="+file)
+		_, err := b.stage.Run(ctx, []string{offline, "TMPDIR=" + dir, "SYFT_REGISTRY_INSECURE_USE_HTTP=true"},
+			b.stage.Tool("syft"), "scan", "--quiet", "registry:"+p.plain, "--output", "spdx-json="+filepath.Join(dir, "found.json"))
 		return err
 	})
 }
