@@ -97,8 +97,8 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 		deny(w, "TokenNotFound", "no session")
 		return
 	}
-	switch {
-	case r.URL.Path == "/kbs/v0/auth":
+	switch r.URL.Path {
+	case "/kbs/v0/auth":
 		var q struct {
 			Version string                     `json:"version"`
 			Extra   map[string]json.RawMessage `json:"extra-params"`
@@ -120,7 +120,7 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 			answer = b.challenge(ours)
 		}
 		_, _ = io.WriteString(w, answer)
-	case r.URL.Path == "/kbs/v0/attest":
+	case "/kbs/v0/attest":
 		var q struct {
 			RuntimeData struct {
 				Nonce string          `json:"nonce"`
@@ -153,7 +153,7 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 			token = b.sign(payload)
 		}
 		_, _ = io.WriteString(w, `{"token":"`+token+`"}`)
-	case r.URL.Path == "/kbs/v0/resource/default/key/1":
+	case "/kbs/v0/resource/default/key/1":
 		jwe := b.encrypted([]byte(b.secret))
 		if b.resource != nil {
 			b.resource(w, jwe)

@@ -74,10 +74,10 @@ func setFilter() error {
 		if err == nil {
 			unix.Close(fd)
 		}
-		return fmt.Errorf("socket is not denied (%v)", err)
+		return errors.New("socket is not denied")
 	}
 	if err := unix.Kill(os.Getpid(), 0); !errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("kill is not denied (%v)", err)
+		return errors.New("kill is not denied")
 	}
 	return nil
 }
