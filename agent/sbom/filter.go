@@ -2,7 +2,6 @@ package sbom
 
 import (
 	"errors"
-	"fmt"
 	"os"
 
 	seccomp "github.com/elastic/go-seccomp-bpf"
