@@ -5,19 +5,15 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -39,7 +35,8 @@ const (
 // root may read); a mount namespace that holds the root (read-only, nosuid,
 // nodev, noexec), the program and an empty bounded /tmp; empty network, pid,
 // IPC and UTS namespaces; no_new_privs; a list of allowed system calls; limits
-// on memory, time, output, files and processes; an empty environment. It dies
+// on memory, time, output, files and processes; an empty environment. The
+// image comes last, by a process of its own that ends before the scan. It dies
 // with its parent. Every measure is read back in place; one that cannot be set
 // is cause.SandboxUnavailable and nothing is run.
 //
@@ -60,7 +57,7 @@ type Sandbox struct {
 // ScanOptions vary from image to image.
 type ScanOptions struct {
 	Name string // name of the document
-	// FileDigests, when not nil, is NDJSON of digests that are known already,
+	// FileDigests (for Scan alone), when not nil, is NDJSON of digests that are known already,
 	// one {"path":"/usr/bin/x","sha256":"<hex>"} per line, in any order. Only
 	// whoever wrote the very bytes under the root may vouch for them.
 	FileDigests io.Reader
@@ -68,22 +65,34 @@ type ScanOptions struct {
 	SHA1 bool
 }
 
-// Scan returns the SPDX 2.3 JSON document of the image mounted at root. Errors:
-// cause.SandboxUnavailable names the measure, cause.SBOMScanLimits the limit,
-// cause.SBOMScanFailed quotes the program's last words, cause.Cancelled and
-// cause.DeadlineExceeded are ctx's.
+// Scan returns the SPDX 2.3 JSON document of the image mounted at root; it is
+// Start and Prepared.Scan in one.
 func (s *Sandbox) Scan(ctx context.Context, root string, o ScanOptions) ([]byte, error) {
+	p, err := s.Start(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	var out bytes.Buffer
+	if err := p.Scan(ctx, root, o.FileDigests, &out); err != nil {
+		return nil, err
+	}
+	return out.Bytes(), nil
+}
+
+// Start starts cvm-sbom in its sandbox, with no image yet: half of the time
+// that it takes for a small image goes into what is the same for all images,
+// and can so pass while the image is on its way. The program lives until its
+// scan, Close or the end of ctx. The error is cause.SandboxUnavailable.
+func (s *Sandbox) Start(ctx context.Context, o ScanOptions) (*Prepared, error) {
 	b := s.withDefaults()
-	args := []string{
+	return b.start(ctx, []string{
 		"cvm-sbom", "scan", "--root", sandboxRoot, "--name", o.Name,
 		"--max-files", strconv.FormatInt(b.MaxFiles, 10), "--max-bytes", strconv.FormatInt(b.MaxBytes, 10),
 		"--memory-target", strconv.FormatUint(b.MemoryMax/4*3, 10),
 		"--sha1=" + strconv.FormatBool(o.SHA1),
-	}
-	if o.FileDigests != nil {
-		args = append(args, "--file-digests", "-")
-	}
-	return b.run(ctx, root, args, o.FileDigests)
+		"--file-digests", "-", // the end of them is the sign that the root is there
+	})
 }
 
 func (s *Sandbox) withDefaults() *Sandbox {
@@ -114,121 +123,6 @@ func (s *Sandbox) withDefaults() *Sandbox {
 
 func unavailable(measure string, err error) error {
 	return cause.New(cause.SandboxUnavailable, "sandbox measure %q cannot be set: %w", measure, err)
-}
-
-// run starts the stage, puts it under its memory limit, lets it go on, and
-// collects what the program writes.
-func (s *Sandbox) run(ctx context.Context, root string, args []string, stdin io.Reader) ([]byte, error) {
-	if err := trustedProgram(s.Program); err != nil {
-		return nil, unavailable("program", err)
-	}
-	base, err := os.MkdirTemp(s.TempDir, "cvm-sbom-")
-	if err != nil {
-		return nil, unavailable("mount point", err)
-	}
-	defer os.Remove(base)
-	uid, err := transientID()
-	if err != nil {
-		return nil, unavailable("transient user", err)
-	}
-	order := stageOrder{Base: base, Root: root, Program: s.Program, Args: args, ID: uid, TempMax: s.TempMax}
-	if order.Namespaces, err = namespaces(); err != nil {
-		return nil, unavailable("namespaces", err)
-	}
-	group, err := newMemoryGroup(s.MemoryMax, s.noCgroup)
-	if err != nil {
-		return nil, unavailable("memory limit", err)
-	}
-	defer group.remove()
-	if group == nil {
-		order.DataMax = s.MemoryMax
-	}
-
-	ctx, cancel := context.WithTimeoutCause(ctx, s.Timeout, errTimeout)
-	defer cancel()
-	orderR, orderW, err := os.Pipe()
-	if err != nil {
-		return nil, unavailable("pipe", err)
-	}
-	defer orderW.Close()
-	reportR, reportW, err := os.Pipe()
-	if err != nil {
-		orderR.Close()
-		return nil, unavailable("pipe", err)
-	}
-	defer reportR.Close()
-
-	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Args = []string{stageName}
-	cmd.Env = []string{}
-	cmd.Stdin = stdin // nil is /dev/null
-	stdout := &cappedBuffer{max: int(s.MaxOutput), full: cancel}
-	stderr := &headBuffer{max: maxStderr}
-	cmd.Stdout, cmd.Stderr = stdout, stderr
-	cmd.ExtraFiles = []*os.File{orderR, reportW}
-	cmd.WaitDelay = 2 * time.Second
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS,
-		Setsid:     true,
-		Pdeathsig:  syscall.SIGKILL,
-	}
-	err = cmd.Start()
-	orderR.Close()
-	reportW.Close()
-	if err != nil {
-		return nil, unavailable("namespaces", err)
-	}
-	// The stage is the first process of its pid namespace: its end, and so this
-	// kill, ends all that it may have started.
-	fail := func(err error) ([]byte, error) {
-		cancel()
-		_ = cmd.Wait()
-		return nil, err
-	}
-	if err := group.add(cmd.Process.Pid); err != nil {
-		return fail(unavailable("memory limit", err))
-	}
-	if err := json.NewEncoder(orderW).Encode(order); err != nil {
-		return fail(unavailable("stage", err))
-	}
-	orderW.Close()
-	// The report pipe closes without a word when the program takes over.
-	report, err := bounded.ReadAll(reportR, maxReport)
-	if err != nil || len(report) > 0 {
-		measure, text, _ := strings.Cut(string(report), "\n")
-		if err == nil {
-			err = errors.New(printable(text))
-		}
-		return fail(unavailable(printable(measure), err))
-	}
-	err = cmd.Wait()
-	return s.outcome(ctx, cmd, err, stdout, stderr, group)
-}
-
-var errTimeout = errors.New("timeout of the scan")
-
-// outcome turns the end of the program into its cause code.
-func (s *Sandbox) outcome(ctx context.Context, cmd *exec.Cmd, err error, stdout *cappedBuffer, stderr *headBuffer, group *memoryGroup) ([]byte, error) {
-	words := printable(stderr.String())
-	switch {
-	case stdout.over:
-		return nil, cause.New(cause.SBOMScanLimits, "the SBOM scan wrote more than %d bytes", s.MaxOutput)
-	case errors.Is(context.Cause(ctx), errTimeout):
-		return nil, cause.New(cause.SBOMScanLimits, "the SBOM scan took longer than %v", s.Timeout)
-	case ctx.Err() != nil:
-		code := cause.Cancelled
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			code = cause.DeadlineExceeded
-		}
-		return nil, cause.New(code, "the SBOM scan was stopped: %w", context.Cause(ctx))
-	case err == nil:
-		return stdout.buf, nil
-	case group.killed(), strings.Contains(words, "out of memory"), strings.Contains(words, "cannot allocate memory"):
-		return nil, cause.New(cause.SBOMScanLimits, "the SBOM scan needs more than %d bytes of memory", s.MemoryMax)
-	case cmd.ProcessState.ExitCode() == exitLimit:
-		return nil, cause.New(cause.SBOMScanLimits, "the SBOM scan refused the image: %s", words)
-	}
-	return nil, cause.New(cause.SBOMScanFailed, "the SBOM scan ended with %v: %s", cmd.ProcessState, words)
 }
 
 // exitLimit is cvm-sbom's exit status for a limit given by flag.
@@ -274,24 +168,6 @@ func namespaces() (map[string]string, error) {
 		out[ns] = id
 	}
 	return out, nil
-}
-
-// cappedBuffer collects up to max bytes and calls full on the next one.
-type cappedBuffer struct {
-	buf  []byte
-	max  int
-	over bool
-	full func()
-}
-
-func (b *cappedBuffer) Write(p []byte) (int, error) {
-	if len(b.buf)+len(p) > b.max {
-		b.over, b.buf = true, nil
-		b.full()
-		return 0, bounded.ErrTooLarge
-	}
-	b.buf = append(b.buf, p...)
-	return len(p), nil
 }
 
 // headBuffer keeps the first max bytes: what comes first names the fault, and a

@@ -25,6 +25,10 @@ import (
 func TestMain(m *testing.M) {
 	Reexec()
 	if len(os.Args) == 3 && os.Args[0] == "cvm-sbom" && os.Args[1] == "hostile" {
+		stdin, err := io.ReadAll(os.Stdin)
+		if os.Args[2] == "stdin" && err == nil && len(stdin) == 0 {
+			fmt.Print("denied")
+		}
 		hostile(os.Args[2])
 		os.Exit(0)
 	}
@@ -92,6 +96,9 @@ func hostile(what string) {
 		try(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}))
 	case "become root":
 		try(unix.Setuid(0))
+	case "below":
+		_, err := os.Stat(sandboxRoot + "/below/file")
+		try(err)
 	case "chmod":
 		try(os.Chmod(sandboxRoot+"/secret", 0o777))
 	case "other device":
@@ -112,13 +119,6 @@ func hostile(what string) {
 			return
 		}
 		try(os.ErrNotExist)
-	case "stdin":
-		n, err := io.ReadAll(os.Stdin)
-		if err != nil || len(n) > 0 {
-			try(nil)
-			return
-		}
-		try(io.EOF)
 	case "read the secret":
 		b, err := os.ReadFile(sandboxRoot + "/secret")
 		fmt.Print(string(b), err)
@@ -169,6 +169,18 @@ func testSandbox(t *testing.T) (*Sandbox, string) {
 	return s.withDefaults(), root
 }
 
+// run runs a program, args, in the sandbox.
+func run(s *Sandbox, ctx context.Context, root string, args []string) ([]byte, error) { //nolint:revive // as a method would
+	p, err := s.start(ctx, args)
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	var out bytes.Buffer
+	err = p.Scan(ctx, root, nil, &out)
+	return out.Bytes(), err
+}
+
 func TestEachHostileAttemptIsDenied(t *testing.T) {
 	s, root := testSandbox(t)
 	for _, what := range []string{
@@ -177,7 +189,7 @@ func TestEachHostileAttemptIsDenied(t *testing.T) {
 		"other device", "big file in tmp", "environment", "stdin",
 	} {
 		t.Run(what, func(t *testing.T) {
-			out, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", what}, nil)
+			out, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", what})
 			if err != nil || string(out) != "denied" {
 				t.Fatalf("got %q, %v", out, err)
 			}
@@ -187,7 +199,7 @@ func TestEachHostileAttemptIsDenied(t *testing.T) {
 
 func TestFilesOfTheImagesRootAreRead(t *testing.T) {
 	s, root := testSandbox(t)
-	out, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", "read the secret"}, nil)
+	out, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", "read the secret"})
 	if err != nil || !strings.HasPrefix(string(out), "for root alone") {
 		t.Fatalf("got %q, %v", out, err)
 	}
@@ -208,7 +220,7 @@ func TestLesson22_EachLimitHasItsOwnWord(t *testing.T) {
 			s, root := testSandbox(t)
 			c.tune(s)
 			start := time.Now()
-			_, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", c.what}, nil)
+			_, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", c.what})
 			if cause.Of(err) != cause.SBOMScanLimits || !strings.Contains(err.Error(), c.words) {
 				t.Fatalf("got %v, want %s with %q", err, cause.SBOMScanLimits, c.words)
 			}
@@ -221,7 +233,7 @@ func TestLesson22_EachLimitHasItsOwnWord(t *testing.T) {
 
 func TestACrashIsQuotedInOneBoundedLine(t *testing.T) {
 	s, root := testSandbox(t)
-	_, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", "crash"}, nil)
+	_, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", "crash"})
 	if cause.Of(err) != cause.SBOMScanFailed {
 		t.Fatalf("got %v", err)
 	}
@@ -243,13 +255,13 @@ func TestASandboxThatCannotBeSetUpRunsNothing(t *testing.T) {
 			s.Program = p
 		}, `"program"`},
 		"program that is not there": {func(_ *testing.T, s *Sandbox, _ *string) { s.Program = "/nonexistent" }, `"program"`},
-		"root that is not there":    {func(_ *testing.T, _ *Sandbox, root *string) { *root = "/nonexistent" }, `"mount namespace"`},
+		"root that is not there":    {func(_ *testing.T, _ *Sandbox, root *string) { *root = "/nonexistent" }, `"read-only image"`},
 		"no place to mount":         {func(_ *testing.T, s *Sandbox, _ *string) { s.TempDir = "/nonexistent" }, `"mount point"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, root := testSandbox(t)
 			c.tune(t, s, &root)
-			_, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", "sleep"}, nil)
+			_, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", "sleep"})
 			if cause.Of(err) != cause.SandboxUnavailable || !strings.Contains(err.Error(), c.measure) {
 				t.Fatalf("got %v, want %s naming %s", err, cause.SandboxUnavailable, c.measure)
 			}
@@ -261,7 +273,7 @@ func TestTheCallersEndIsTheScansEnd(t *testing.T) {
 	s, root := testSandbox(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	time.AfterFunc(300*time.Millisecond, cancel)
-	if _, err := s.run(ctx, root, []string{"cvm-sbom", "hostile", "sleep"}, nil); cause.Of(err) != cause.Cancelled {
+	if _, err := run(s, ctx, root, []string{"cvm-sbom", "hostile", "sleep"}); cause.Of(err) != cause.Cancelled {
 		t.Fatalf("got %v", err)
 	}
 }
@@ -269,7 +281,7 @@ func TestTheCallersEndIsTheScansEnd(t *testing.T) {
 func TestNothingIsLeftBehind(t *testing.T) {
 	s, root := testSandbox(t)
 	s.TempDir = t.TempDir()
-	if _, err := s.run(context.Background(), root, []string{"cvm-sbom", "hostile", "tcp"}, nil); err != nil {
+	if _, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", "tcp"}); err != nil {
 		t.Fatal(err)
 	}
 	left, err := os.ReadDir(s.TempDir)
@@ -279,5 +291,60 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil || bytes.Contains(mounts, []byte("cvm-sbom")) {
 		t.Errorf("a mount is left (%v)", err)
+	}
+}
+
+func TestAStartedScannerEndsWithItsContext(t *testing.T) {
+	s, root := testSandbox(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	p, err := s.start(ctx, []string{"cvm-sbom", "hostile", "sleep"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if err := p.cmd.Wait(); err == nil {
+		t.Error("it ended by itself")
+	}
+	if err := p.Scan(context.Background(), root, nil, io.Discard); cause.Of(err) != cause.Cancelled {
+		t.Errorf("a scan after that: got %v", err)
+	}
+}
+
+func TestAStartedScannerThatIsNotUsedLeavesNothing(t *testing.T) {
+	s, _ := testSandbox(t)
+	s.TempDir = t.TempDir()
+	p, err := s.start(context.Background(), []string{"cvm-sbom", "hostile", "sleep"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	p.Close()
+	if err := unix.Kill(p.cmd.Process.Pid, 0); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("the process is there (%v)", err)
+	}
+	if left, err := os.ReadDir(s.TempDir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+func TestTheImageIsShownWithoutWhatIsMountedBelowIt(t *testing.T) {
+	s, root := testSandbox(t)
+	if err := os.Mkdir(filepath.Join(root, "below"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", filepath.Join(root, "below"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(filepath.Join(root, "below"), 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := os.WriteFile(filepath.Join(root, "below", "file"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run(s, context.Background(), root, []string{"cvm-sbom", "hostile", "below"}); err != nil || string(out) != "denied" {
+		t.Fatalf("got %q, %v", out, err)
 	}
 }

@@ -18,6 +18,9 @@ import (
 // agent and cvm-sbom.
 const stageName = "cvm-agent-sbom-stage"
 
+// mountName makes it the process that puts the image into the sandbox.
+const mountName = "cvm-agent-sbom-mount"
+
 // Where things are inside the sandbox.
 const (
 	sandboxRoot    = "/rootfs"
@@ -30,11 +33,17 @@ const (
 	reportFD = 4
 )
 
+// Those of the process that mounts.
+const (
+	mountsFD      = 3
+	treeFD        = 4
+	mountReportFD = 5
+)
+
 // A stageOrder is what the agent tells the stage: no user input is in it but
 // the document's name in Args.
 type stageOrder struct {
 	Base       string            // empty directory to build the new root on
-	Root       string            // the image
 	Program    string            // cvm-sbom
 	Args       []string          // its argv
 	ID         int               // transient user and group
@@ -46,12 +55,19 @@ type stageOrder struct {
 // Reexec turns this process into the sandbox's stage if it was started as one,
 // and does not return then. It must be the first call of main.
 func Reexec() {
-	if len(os.Args) != 1 || os.Args[0] != stageName {
+	if len(os.Args) != 1 || (os.Args[0] != stageName && os.Args[0] != mountName) {
 		return
 	}
 	// Credentials, capabilities, no_new_privs and the filter belong to a thread;
 	// execve keeps those of the thread that calls it.
 	runtime.LockOSThread()
+	if os.Args[0] == mountName {
+		if err := mountImage(); err != nil {
+			fmt.Fprintf(os.NewFile(mountReportFD, "report"), "read-only image\n%v", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	report := os.NewFile(reportFD, "report")
 	syscall.CloseOnExec(orderFD)
 	syscall.CloseOnExec(reportFD)
@@ -118,7 +134,8 @@ func checkNoNetwork() error {
 	return nil
 }
 
-// isolate builds a root of three mounts on o.Base and leaves the old one.
+// isolate builds a root on o.Base, with the program, /tmp and an empty directory
+// for the image, and leaves the old one.
 func isolate(o stageOrder) error {
 	mount := func(source, target, fstype string, flags uintptr, data string) error {
 		if err := unix.Mount(source, target, fstype, flags, data); err != nil {
@@ -142,20 +159,11 @@ func isolate(o stageOrder) error {
 	if err := os.WriteFile(in(sandboxProgram), nil, 0o755); err != nil {
 		return err
 	}
-	// Not recursive: what is mounted below the image's root is not the image.
-	for _, b := range []struct {
-		source, target string
-		flags          uintptr
-	}{
-		{o.Root, in(sandboxRoot), closed | unix.MS_NOEXEC},
-		{o.Program, in(sandboxProgram), closed},
-	} {
-		if err := mount(b.source, b.target, "", unix.MS_BIND, ""); err != nil {
-			return err
-		}
-		if err := mount("", b.target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|b.flags, ""); err != nil {
-			return err
-		}
+	if err := mount(o.Program, in(sandboxProgram), "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	if err := mount("", in(sandboxProgram), "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|closed, ""); err != nil {
+		return err
 	}
 	if err := mount("tmpfs", in("/tmp"), "tmpfs", closed|unix.MS_NOEXEC, fmt.Sprintf("mode=0700,uid=%d,gid=%d,size=%d,nr_inodes=65536", o.ID, o.ID, o.TempMax)); err != nil {
 		return err
@@ -181,16 +189,11 @@ func isolate(o stageOrder) error {
 func checkMounts() error {
 	for path, want := range map[string]int64{
 		"/":            unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV,
-		sandboxRoot:    unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV | unix.ST_NOEXEC,
 		sandboxProgram: unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV,
 		"/tmp":         unix.ST_NOSUID | unix.ST_NODEV | unix.ST_NOEXEC,
 	} {
-		var fs unix.Statfs_t
-		if err := unix.Statfs(path, &fs); err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		if got := int64(fs.Flags); got&want != want {
-			return fmt.Errorf("%s has mount flags %#x, want %#x", path, got, want)
+		if err := checkFlags(path, want); err != nil {
+			return err
 		}
 	}
 	entries, err := os.ReadDir("/")
@@ -201,6 +204,42 @@ func checkMounts() error {
 		return fmt.Errorf("the new root holds %d entries, want 3", len(entries))
 	}
 	return nil
+}
+
+// checkFlags reads the flags of the mount that path is on.
+func checkFlags(path string, want int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if got := fs.Flags; got&want != want {
+		return fmt.Errorf("%s has mount flags %#x, want %#x", path, got, want)
+	}
+	return nil
+}
+
+// mountImage enters the sandbox's mount namespace, puts the detached mount on
+// the directory that waits for it there, and reads it back.
+func mountImage() error {
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	if its, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", mountsFD)); err != nil || its == own {
+		return fmt.Errorf("the mount namespace %s is the agent's own (%w)", its, err)
+	}
+	// A mount namespace can be entered only with a root and working directory
+	// that no other thread shares.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("unshare: %w", err)
+	}
+	if err := unix.Setns(mountsFD, unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("setns: %w", err)
+	}
+	if err := unix.MoveMount(treeFD, "", unix.AT_FDCWD, sandboxRoot, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	return checkFlags(sandboxRoot, unix.ST_RDONLY|unix.ST_NOSUID|unix.ST_NODEV|unix.ST_NOEXEC)
 }
 
 // setLimits sets hard limits, which an unprivileged process cannot raise.
@@ -223,7 +262,7 @@ func setLimits(o stageOrder) error {
 		}
 		var got unix.Rlimit
 		if err := unix.Getrlimit(resource, &got); err != nil || got != want {
-			return fmt.Errorf("resource %d is %+v, want %+v (%v)", resource, got, want, err)
+			return fmt.Errorf("resource %d is %+v, want %+v (%w)", resource, got, want, err)
 		}
 	}
 	return nil

@@ -36,13 +36,17 @@ func loadDigests(path string) (map[string]known, error) {
 	if path == "" {
 		return nil, nil
 	}
-	f, err := open(path)
-	if err != nil {
-		return nil, fmt.Errorf("file digests: %w", err)
+	in := io.ReadCloser(os.Stdin)
+	if path != "-" {
+		var err error
+		if in, err = os.Open(path); err != nil {
+			return nil, fmt.Errorf("file digests: %w", err)
+		}
 	}
-	defer f.Close()
+	// Standard input too: nobody waits for a reader that has had enough.
+	defer in.Close()
 	out := map[string]known{}
-	lines := bufio.NewScanner(f)
+	lines := bufio.NewScanner(in)
 	lines.Buffer(make([]byte, 4096), maxKnownLine)
 	for n := 1; lines.Scan(); n++ {
 		var k known

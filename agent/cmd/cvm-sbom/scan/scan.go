@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"runtime/debug"
 	"time"
@@ -51,17 +50,34 @@ func (e *LimitError) Error() string {
 
 // Run scans the root and writes the document to out. The error is a *LimitError
 // when a limit is exceeded; nothing has been written then.
+//
+// The root is not touched before FileDigests have been read to their end. What
+// does not depend on the root is done meanwhile: a caller that starts the scan
+// early and gives the digests when the root is there pays for none of it.
 func Run(ctx context.Context, o Options, out io.Writer) error {
+	cfg := syft.DefaultCreateSBOMConfig().
+		WithTool("syft", ScannerVersion()).
+		WithCatalogerSelection(cataloging.NewSelectionRequest().WithDefaults("image")).
+		WithFilesConfig(filecataloging.DefaultConfig().WithSelection(file.AllFilesSelection).WithHashers())
+	// The licence matcher takes most of a second of one core.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	scanner := make(chan scanContext, 1)
+	go func() {
+		ctx, err := syft.SetContextLicenseScanner(ctx, cfg.Licenses)
+		scanner <- scanContext{ctx, err}
+	}()
+
+	known, err := loadDigests(o.FileDigests)
+	if err != nil {
+		return err
+	}
 	root, err := filepath.Abs(o.Root)
 	if err == nil {
 		root, err = filepath.EvalSymlinks(root)
 	}
 	if err != nil {
 		return fmt.Errorf("root: %w", err)
-	}
-	known, err := loadDigests(o.FileDigests)
-	if err != nil {
-		return err
 	}
 	tree, err := survey(root, o.MaxFiles, o.MaxBytes)
 	if err != nil {
@@ -70,8 +86,6 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 
 	// Digests are made beside the scan, one read per file, and only where none
 	// is known.
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	digested := make(chan error, 1)
 	go func() { digested <- tree.digest(ctx, root, known, o.SHA1) }()
 
@@ -88,24 +102,15 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 		return err
 	}
 	defer src.Close()
-	cfg := syft.DefaultCreateSBOMConfig().
-		WithTool("syft", ScannerVersion()).
-		WithCatalogerSelection(cataloging.NewSelectionRequest().WithDefaults("image")).
-		WithFilesConfig(filecataloging.DefaultConfig().WithSelection(file.AllFilesSelection).WithHashers())
-	// The index of the root (file types by content) and the licence matcher
-	// take about a second each and do not need one another; the source keeps
-	// the index for CreateSBOM.
-	indexed := make(chan error, 1)
-	go func() {
-		_, err := src.FileResolver(cfg.Search.Scope)
-		indexed <- err
-	}()
-	scanCtx, err := syft.SetContextLicenseScanner(ctx, cfg.Licenses)
-	if err := errors.Join(err, <-indexed); err != nil {
+	// The source keeps the index of the root (file types by content) for
+	// CreateSBOM.
+	_, err = src.FileResolver(cfg.Search.Scope)
+	ready := <-scanner
+	if err := errors.Join(err, ready.err); err != nil {
 		cancel()
 		return errors.Join(fmt.Errorf("index: %w", err), <-digested)
 	}
-	found, err := syft.CreateSBOM(scanCtx, src, cfg)
+	found, err := syft.CreateSBOM(ready.ctx, src, cfg)
 	if err != nil {
 		cancel()
 		return errors.Join(fmt.Errorf("scan: %w", err), <-digested)
@@ -115,6 +120,12 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	}
 	found.Artifacts.FileDigests = tree.fileDigests(o.SHA1)
 	return encode(out, found, o.Created)
+}
+
+// A scanContext carries syft's licence matcher.
+type scanContext struct {
+	ctx context.Context //nolint:containedctx // how syft takes it
+	err error
 }
 
 // ScannerVersion returns the version of the syft library in this program.
@@ -127,11 +138,4 @@ func ScannerVersion() string {
 		}
 	}
 	return "unknown"
-}
-
-func open(path string) (io.ReadCloser, error) {
-	if path == "-" {
-		return io.NopCloser(os.Stdin), nil
-	}
-	return os.Open(path)
 }
