@@ -35,7 +35,7 @@ func (a *Agent) launch(ctx context.Context) error {
 
 	s.run("ready", localDeadline, func(context.Context, *step) error { return a.becomeReady(g) })
 	if err := s.failed(); err != nil {
-		a.undo(ctx, g)
+		a.undo(ctx, g, err)
 		return err
 	}
 	return nil
@@ -170,15 +170,48 @@ func (a *Agent) clearOld(ctx context.Context, st *step) error {
 // undoTime bounds the clearing up after a failure.
 const undoTime = 30 * time.Second
 
-// undo removes all that a failed sequence began: containers, secrets and
-// images, so that nothing is left in podman's storage.
-func (a *Agent) undo(ctx context.Context, g *generation) {
+// undo removes all that a failed launch began: containers, secrets and images,
+// so that nothing is left in podman's storage. When something was refused, what
+// an earlier run of the daemon started goes too: it would run on, watched by
+// nobody, under a policy or from an image that is not accepted any more. That
+// somebody outside does not answer is no reason to stop it.
+func (a *Agent) undo(ctx context.Context, g *generation, why error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
-	if err := errors.Join(a.removeContainers(ctx, g), a.removeImages(ctx, g, nil)); err != nil {
-		a.logger.Error("something of the failed sequence is left", "error", err)
+	err := errors.Join(a.removeContainers(ctx, g), a.removeImages(ctx, g, nil))
+	if refused(why) {
+		err = errors.Join(err, a.removeEarlier(ctx, g))
+	}
+	if err != nil {
+		a.logger.Error("something of the failed launch is left", "error", err)
 	}
 	g.close()
+}
+
+// refused tells a verdict from an outage. A destroyed instance is no refusal:
+// its containers are the destroy's to end.
+func refused(why error) bool {
+	exit := cause.Exit(why)
+	return (exit == cause.ExitRefused || exit == cause.ExitMalformed) && cause.Of(why) != cause.Destroyed
+}
+
+// removeEarlier removes the containers of an earlier run, with their images.
+func (a *Agent) removeEarlier(ctx context.Context, g *generation) error {
+	// Podman has been asked for since the launch began: no long wait.
+	connect, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	podman, err := a.podman(connect, nil)
+	if err != nil {
+		return err
+	}
+	old, err := podman.List(ctx, "")
+	for _, c := range old {
+		err = errors.Join(err, podman.Remove(ctx, c.ID))
+		if g.images != nil {
+			err = errors.Join(err, g.images.Remove(ctx, c.ImageID))
+		}
+	}
+	return err
 }
 
 func (a *Agent) removeContainers(ctx context.Context, g *generation) (err error) {
