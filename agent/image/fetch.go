@@ -359,6 +359,13 @@ func (c *Client) createImage(i *Image, layers []*layer) error {
 		opts.CreationDate = *created.Created
 	}
 	names := []string{i.ref.Context().Name() + ":cvm-" + config.Encoded()[:12]}
+	// A name is for people. One that another image has got does not keep this
+	// one out.
+	if other, err := c.store.Image(names[0]); err == nil && other.ID != i.ImageID() {
+		if err := c.store.RemoveNames(other.ID, names); err != nil {
+			return fmt.Errorf("taking back the name %s: %w", names[0], err)
+		}
+	}
 	_, err := c.store.CreateImage(i.ImageID(), names, layers[len(layers)-1].id, "", opts)
 	if errors.Is(err, storage.ErrDuplicateID) {
 		img, gerr := c.store.Image(i.ImageID())
