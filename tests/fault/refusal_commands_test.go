@@ -60,6 +60,7 @@ var runCommands = map[string]command{
 		w.agent.stop()
 		return nil
 	}},
+	"crash":   {"", 0, func(_ context.Context, w *world, _ *testscript.TestScript, _ []string) error { return w.agent.crash() }},
 	"refusal": {"PHASE CODE [REGEXP]", 2, refusal},
 	"residue": {"none", 1, residue},
 }
@@ -110,6 +111,13 @@ func (r *run) stop() {
 	}
 	_ = syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL) // children that outlived it
 	<-r.done
+}
+
+// crash ends the program and its children as nobody can prepare for.
+func (r *run) crash() error {
+	err := syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL)
+	<-r.done
+	return err
 }
 
 func exits(ctx context.Context, w *world, ts *testscript.TestScript, args []string) error {

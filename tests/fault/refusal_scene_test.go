@@ -235,13 +235,14 @@ func (s *scene) setup(env *testscript.Env) (err error) {
 		return err
 	}
 	for key, value := range map[string]string{
+		"SYFT_CHECK_FOR_APP_UPDATE": "false", "SYFT_REGISTRY_INSECURE_USE_HTTP": "true", "SYFT_FILE_METADATA_SELECTION": "all", "SYFT_FILE_METADATA_DIGESTS": "sha256",
 		"PATH": s.rig.Bin + ":" + s.rig.Tools + ":" + os.Getenv("PATH"),
 		"SEED": w.guest.Initdata, "PORT2": fmt.Sprint(w.second),
 		"APP_ID": strings.TrimPrefix(s.app.ConfigDigest, "sha256:"), "VAULT_ID": strings.TrimPrefix(s.vault.ConfigDigest, "sha256:"),
 		// What the agent calls the image in storage.
 		"APP_NAME": strings.Split(s.app.Digest, "@")[0] + ":cvm-" + strings.TrimPrefix(s.app.ConfigDigest, "sha256:")[:12],
 		"BROKER":   s.stage.Broker.URL, "BROKER_CA": s.stage.Broker.CA, "BROKER_TOKEN": s.stage.Broker.AdminToken,
-		"APP": w.image, "VAULT": s.vault.Digest, "REGISTRY": w.front.host, "PORT": fmt.Sprint(w.port), "SOCKET": w.guest.Socket,
+		"APP": w.image, "VAULT": s.vault.Digest, "REGISTRY": w.front.host, "DIRECT": s.stage.Registry.Host, "PORT": fmt.Sprint(w.port), "SOCKET": w.guest.Socket,
 		"OWNER": owner, "STRANGER": fingerprint, "GRAPHROOT": w.podman.GraphRoot, "SBOM": s.sbom,
 		"KEYS": s.rig.Path("keys"), "COSIGN_PASSWORD": strings.TrimPrefix(s.stage.Owner.Env[0], "COSIGN_PASSWORD=")} {
 		env.Setenv(key, value)
