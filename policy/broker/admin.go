@@ -35,12 +35,21 @@ func (s *Server) authorise(r *http.Request) error {
 	return nil
 }
 
-// adminDo authorises, runs one admin operation and puts it on record.
-func (s *Server) adminDo(r *http.Request, op, resource string, f func() error) error {
+// adminDo authorises, runs one admin operation and puts it on record. f calls
+// done, at most once, when the operation is certain to succeed and before it
+// takes effect: what cannot be recorded does not happen.
+func (s *Server) adminDo(r *http.Request, op, resource string, f func(done func() error) error) error {
 	rec := audit.Record{Op: "admin." + op, Peer: peer(r), Resource: resource, Outcome: "ok"}
+	recorded := false
 	err := s.authorise(r)
 	if err == nil {
-		err = f()
+		err = f(func() error {
+			recorded = true
+			return s.audit.Write(rec)
+		})
+	}
+	if err == nil && recorded {
+		return nil
 	}
 	if err != nil {
 		err = adminError(err)
@@ -50,6 +59,15 @@ func (s *Server) adminDo(r *http.Request, op, resource string, f func() error) e
 		return werr
 	}
 	return err
+}
+
+// answer writes v once it is on record that it was asked for.
+func answer(w http.ResponseWriter, v any, done func() error) error {
+	if err := done(); err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, v)
+	return nil
 }
 
 // adminError gives errors of an admin's own making their protocol variant.
@@ -72,7 +90,7 @@ func adminError(err error) error {
 func (s *Server) adminResource(w http.ResponseWriter, r *http.Request, u kbs.ResourceURI) error {
 	switch r.Method {
 	case http.MethodPost:
-		return s.adminDo(r, "resource.put", u.String(), func() error {
+		return s.adminDo(r, "resource.put", u.String(), func(done func() error) error {
 			b, err := body(w, r, MaxResource)
 			if err != nil {
 				return err
@@ -81,10 +99,10 @@ func (s *Server) adminResource(w http.ResponseWriter, r *http.Request, u kbs.Res
 			if len(b) == 0 {
 				return kbs.NewError(kbs.VariantSerdeError, "the resource is empty")
 			}
-			return s.store.PutResource(u, b)
+			return s.store.PutResource(u, b, done)
 		})
 	case http.MethodDelete:
-		return s.adminDo(r, "resource.delete", u.String(), func() error { return s.store.DeleteResource(u) })
+		return s.adminDo(r, "resource.delete", u.String(), func(done func() error) error { return s.store.DeleteResource(u, done) })
 	}
 	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
 }
@@ -109,10 +127,10 @@ func (s *Server) adminRoute(w http.ResponseWriter, r *http.Request) error {
 	if bucket == nil || r.Method != http.MethodGet {
 		return kbs.NewError(kbs.VariantInvalidRequestPath, "Request path %s is invalid", path)
 	}
-	return s.adminDo(r, "list", "", func() error {
+	return s.adminDo(r, "list", "", func(done func() error) error {
 		names, err := s.store.list(bucket)
 		if err == nil {
-			writeJSON(w, http.StatusOK, names)
+			err = answer(w, names, done)
 		}
 		return err
 	})
@@ -121,15 +139,15 @@ func (s *Server) adminRoute(w http.ResponseWriter, r *http.Request) error {
 func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.ResourceURI) error {
 	switch r.Method {
 	case http.MethodGet:
-		return s.adminDo(r, "rule.show", u.String(), func() error {
+		return s.adminDo(r, "rule.show", u.String(), func(done func() error) error {
 			rule, err := s.store.Rule(u)
 			if err == nil {
-				writeJSON(w, http.StatusOK, rule)
+				err = answer(w, rule, done)
 			}
 			return err
 		})
 	case http.MethodPut:
-		return s.adminDo(r, "rule.set", u.String(), func() error {
+		return s.adminDo(r, "rule.set", u.String(), func(done func() error) error {
 			b, err := body(w, r, release.MaxRuleSize)
 			if err != nil {
 				return err
@@ -138,10 +156,10 @@ func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.Resourc
 			if err != nil {
 				return err
 			}
-			return s.store.PutRule(u, *rule)
+			return s.store.PutRule(u, *rule, done)
 		})
 	case http.MethodDelete:
-		return s.adminDo(r, "rule.delete", u.String(), func() error { return s.store.DeleteRule(u) })
+		return s.adminDo(r, "rule.delete", u.String(), func(done func() error) error { return s.store.DeleteRule(u, done) })
 	}
 	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
 }
@@ -149,15 +167,15 @@ func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.Resourc
 func (s *Server) adminMark(w http.ResponseWriter, r *http.Request, name string) error {
 	switch r.Method {
 	case http.MethodGet:
-		return s.adminDo(r, "mark.show", name, func() error {
+		return s.adminDo(r, "mark.show", name, func(done func() error) error {
 			m, err := s.store.Mark(name)
 			if err == nil {
-				writeJSON(w, http.StatusOK, m)
+				err = answer(w, m, done)
 			}
 			return err
 		})
 	case http.MethodPut:
-		return s.adminDo(r, "mark.set", name, func() error {
+		return s.adminDo(r, "mark.set", name, func(done func() error) error {
 			b, err := body(w, r, 64<<10)
 			if err != nil {
 				return err
@@ -174,7 +192,7 @@ func (s *Server) adminMark(w http.ResponseWriter, r *http.Request, name string) 
 					return cause.New(cause.Config, "mark: signer %q is not 64 lowercase hex digits", fp)
 				}
 			}
-			return s.store.RaiseMark(name, m)
+			return s.store.RaiseMark(name, m, done)
 		})
 	}
 	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)

@@ -221,38 +221,32 @@ func (s *Server) resource(w http.ResponseWriter, r *http.Request, u kbs.Resource
 }
 
 func (s *Server) release(n *session, u kbs.ResourceURI, rec *audit.Record) (string, error) {
-	inst, err := s.store.Instance(n.facts.Identity, s.now())
-	if err != nil {
-		return "", fmt.Errorf("instance: %w", err)
-	}
-	if inst.Tombstone {
-		return "", kbs.NewError(kbs.VariantPolicyDeny, "instance %s is destroyed", inst.ID)
-	}
-	rule, err := s.store.Rule(u)
-	if errors.Is(err, errNotFound) {
-		return "", kbs.NewError(kbs.VariantPolicyDeny, "there is no release rule for %s", u)
-	}
-	if err != nil {
-		return "", fmt.Errorf("rule: %w", err)
-	}
-	m := &marks{store: s.store}
-	v := appraisal.Judge(n.facts, *rule, m.version, s.now())
-	rec.Verdict = v.Summary()
-	if m.err != nil {
-		return "", fmt.Errorf("version mark: %w", m.err)
-	}
-	if l := n.facts.Log; l != nil {
-		rec.Policy = fmt.Sprintf("%s version %d", l.Running.Policy, l.Running.Version)
-	}
-	if err := v.Refusal(); err != nil {
-		return "", kbs.NewError(kbs.VariantPolicyDeny, "%s: %s", u, err)
-	}
-	data, err := s.store.Resource(u)
+	data, err := s.store.Release(n.facts.Identity, u, func(g Grounds) error {
+		if g.Instance.Tombstone {
+			return kbs.NewError(kbs.VariantPolicyDeny, "instance %s is destroyed", g.Instance.ID)
+		}
+		if g.Rule == nil {
+			return kbs.NewError(kbs.VariantPolicyDeny, "there is no release rule for %s", u)
+		}
+		m := &marks{mark: g.Mark}
+		v := appraisal.Judge(n.facts, *g.Rule, m.version, s.now())
+		rec.Verdict = v.Summary()
+		if m.err != nil {
+			return fmt.Errorf("version mark: %w", m.err)
+		}
+		if l := n.facts.Log; l != nil {
+			rec.Policy = fmt.Sprintf("%s version %d", l.Running.Policy, l.Running.Version)
+		}
+		if err := v.Refusal(); err != nil {
+			return kbs.NewError(kbs.VariantPolicyDeny, "%s: %s", u, err)
+		}
+		return nil
+	})
 	if errors.Is(err, errNotFound) {
 		return "", kbs.NewError(kbs.VariantPluginInternalError, "resource %s not found", u)
 	}
 	if err != nil {
-		return "", fmt.Errorf("resource: %w", err)
+		return "", err
 	}
 	defer clear(data)
 	jwe, err := encrypt(n.key, data)

@@ -86,6 +86,8 @@ func openStore(t *testing.T, path string, kek byte) (*Store, error) {
 	return OpenStore(path, bytes.Repeat([]byte{kek}, kekSize))
 }
 
+func onRecord() error { return nil }
+
 func TestStoreSealsValuesToTheirName(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "db")
 	s, err := openStore(t, path, 1)
@@ -93,7 +95,7 @@ func TestStoreSealsValuesToTheirName(t *testing.T) {
 		t.Fatal(err)
 	}
 	a, b := kbs.ResourceURI{Repository: "a", Type: "k", Tag: "1"}, kbs.ResourceURI{Repository: "a", Type: "k", Tag: "2"}
-	if err := s.PutResource(a, []byte("the secret of a")); err != nil {
+	if err := s.PutResource(a, []byte("the secret of a"), onRecord); err != nil {
 		t.Fatal(err)
 	}
 	// An attacker with the file moves a's value to b.

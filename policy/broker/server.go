@@ -173,12 +173,12 @@ func printable(s string) string {
 // marks looks up version marks for a judgement; a failure to read one is kept
 // and must be looked at before the verdict is used.
 type marks struct {
-	store *Store
-	err   error
+	mark func(policy string) (adminclient.Mark, error)
+	err  error
 }
 
 func (m *marks) version(policy string) uint64 {
-	mark, err := m.store.Mark(policy)
+	mark, err := m.mark(policy)
 	if err != nil {
 		m.err = errors.Join(m.err, err)
 	}

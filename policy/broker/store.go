@@ -132,8 +132,19 @@ func (s *Store) read(bucket []byte, key string) (value []byte, err error) {
 	return value, err
 }
 
-func (s *Store) write(bucket []byte, key string, value []byte) error {
+// change runs a transaction and, once it is known to apply, record: when that
+// fails nothing is changed, so no change is ever there that is not on record.
+func (s *Store) change(record func() error, f func(tx *bolt.Tx) error) error {
 	return s.db.Update(func(tx *bolt.Tx) error {
+		if err := f(tx); err != nil {
+			return err
+		}
+		return record()
+	})
+}
+
+func (s *Store) write(bucket []byte, key string, value []byte, record func() error) error {
+	return s.change(record, func(tx *bolt.Tx) error {
 		return tx.Bucket(bucket).Put([]byte(key), s.seal(bucket, []byte(key), value))
 	})
 }
@@ -149,9 +160,10 @@ func (s *Store) list(bucket []byte) ([]string, error) {
 	return names, err
 }
 
-// PutResource stores or replaces a resource.
-func (s *Store) PutResource(u kbs.ResourceURI, data []byte) error {
-	return s.write(bucketResources, u.Path(), data)
+// PutResource stores or replaces a resource. In this and all other changes
+// record is called before they take effect, and its error undoes them.
+func (s *Store) PutResource(u kbs.ResourceURI, data []byte, record func() error) error {
+	return s.write(bucketResources, u.Path(), data, record)
 }
 
 // Resource returns a resource, or errNotFound.
@@ -162,8 +174,8 @@ func (s *Store) Resource(u kbs.ResourceURI) ([]byte, error) {
 // DeleteResource removes a resource and its rule; errNotFound when there is no
 // such resource. bbolt reuses the page but does not overwrite it: what is left
 // is sealed.
-func (s *Store) DeleteResource(u kbs.ResourceURI) error {
-	return s.db.Update(func(tx *bolt.Tx) error {
+func (s *Store) DeleteResource(u kbs.ResourceURI, record func() error) error {
+	return s.change(record, func(tx *bolt.Tx) error {
 		key := []byte(u.Path())
 		if tx.Bucket(bucketResources).Get(key) == nil {
 			return errNotFound
@@ -176,12 +188,12 @@ func (s *Store) DeleteResource(u kbs.ResourceURI) error {
 }
 
 // PutRule sets the rule of a resource.
-func (s *Store) PutRule(u kbs.ResourceURI, r release.Rule) error {
+func (s *Store) PutRule(u kbs.ResourceURI, r release.Rule, record func() error) error {
 	b, err := r.Encode()
 	if err != nil {
 		return err
 	}
-	return s.write(bucketRules, u.Path(), b)
+	return s.write(bucketRules, u.Path(), b, record)
 }
 
 // Rule returns the rule of a resource, or errNotFound.
@@ -194,8 +206,8 @@ func (s *Store) Rule(u kbs.ResourceURI) (*release.Rule, error) {
 }
 
 // DeleteRule removes a rule, or says errNotFound.
-func (s *Store) DeleteRule(u kbs.ResourceURI) error {
-	return s.db.Update(func(tx *bolt.Tx) error {
+func (s *Store) DeleteRule(u kbs.ResourceURI, record func() error) error {
+	return s.change(record, func(tx *bolt.Tx) error {
 		if tx.Bucket(bucketRules).Get([]byte(u.Path())) == nil {
 			return errNotFound
 		}
@@ -205,17 +217,11 @@ func (s *Store) DeleteRule(u kbs.ResourceURI) error {
 
 // RaiseMark sets the mark of a policy name; a lower version than the present
 // one is refused with cause policy-version-below-floor.
-func (s *Store) RaiseMark(name string, m adminclient.Mark) error {
-	return s.db.Update(func(tx *bolt.Tx) error {
-		var old adminclient.Mark
-		switch b, err := s.get(tx, bucketMarks, []byte(name)); {
-		case errors.Is(err, errNotFound):
-		case err != nil:
+func (s *Store) RaiseMark(name string, m adminclient.Mark, record func() error) error {
+	return s.change(record, func(tx *bolt.Tx) error {
+		old, err := s.mark(tx, name)
+		if err != nil {
 			return err
-		default:
-			if err := json.Unmarshal(b, &old); err != nil {
-				return err
-			}
 		}
 		if m.Version < old.Version {
 			return cause.New(cause.PolicyBelowFloor, "the mark of %q is %d and never goes down to %d", name, old.Version, m.Version)
@@ -230,14 +236,60 @@ func (s *Store) RaiseMark(name string, m adminclient.Mark) error {
 
 // Mark returns the mark of a policy name; zero when there is none.
 func (s *Store) Mark(name string) (m adminclient.Mark, err error) {
-	b, err := s.read(bucketMarks, name)
-	if errors.Is(err, errNotFound) || name == "" {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		m, err = s.mark(tx, name)
+		return err
+	})
+	return m, err
+}
+
+func (s *Store) mark(tx *bolt.Tx, name string) (m adminclient.Mark, err error) {
+	b, err := s.get(tx, bucketMarks, []byte(name))
+	if errors.Is(err, errNotFound) {
 		return m, nil
 	}
 	if err != nil {
 		return m, err
 	}
 	return m, json.Unmarshal(b, &m)
+}
+
+// Grounds is what a release is decided by, all of one moment.
+type Grounds struct {
+	Instance Instance
+	Rule     *release.Rule // nil: there is none
+	Mark     func(policy string) (adminclient.Mark, error)
+}
+
+// Release returns a resource if judge, which sees the rule that is in force
+// for exactly these bytes, has no objection. errNotFound says that it was
+// granted and is not there. Reading both in one transaction matters: an admin
+// who tightens a rule and then replaces the resource must not have the new
+// bytes go out by the old rule.
+func (s *Store) Release(identity string, u kbs.ResourceURI, judge func(Grounds) error) (data []byte, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		var g Grounds
+		b, err := s.get(tx, bucketInstances, []byte(identity))
+		if err == nil {
+			err = json.Unmarshal(b, &g.Instance)
+		}
+		if err != nil { // %v: a missing instance is not a missing resource
+			return fmt.Errorf("instance: %v", err)
+		}
+		if b, err = s.get(tx, bucketRules, []byte(u.Path())); err == nil {
+			g.Rule, err = release.DecodeRuleJSON(b)
+		}
+		if err != nil && !errors.Is(err, errNotFound) {
+			return fmt.Errorf("rule: %w", err)
+		}
+		g.Mark = func(policy string) (adminclient.Mark, error) { return s.mark(tx, policy) }
+		if err := judge(g); err != nil {
+			return err
+		}
+		data, err = s.get(tx, bucketResources, []byte(u.Path()))
+		return err
+	})
+	return data, err
 }
 
 // Instance returns the instance of an attested identity and makes it at the
