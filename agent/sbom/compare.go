@@ -51,23 +51,14 @@ func (d Difference) String() string {
 	return s
 }
 
-// Compare reports in what found, the SBOM made of the image at hand, differs
-// from signed, the SBOM that was attested for it. Both are SPDX 2.x or
-// CycloneDX JSON. No difference means that every package, file and relationship
-// that the signed document records is there, unchanged, and that there is no
-// package and no recorded kind of file beyond them.
-//
-// Differences are sorted by kind and name. The error is cause.SBOMMalformed.
+// Compare is CompareDocuments on two documents in memory.
 func Compare(signed, found []byte, mode string) ([]Difference, error) {
-	if mode != Normal && mode != Strict {
-		return nil, cause.New(cause.PolicyInvalid, "sbom comparison mode is %q, want %q or %q", clip(mode), Normal, Strict)
-	}
-	var s, f *document
+	var s, f *Document
 	var read errgroup.Group
 	for _, in := range []struct {
 		name string
 		data []byte
-		doc  **document
+		doc  **Document
 	}{{"signed", signed, &s}, {"found", found, &f}} {
 		read.Go(func() (err error) {
 			if *in.doc, err = decode(in.data); err != nil {
@@ -78,6 +69,21 @@ func Compare(signed, found []byte, mode string) ([]Difference, error) {
 	}
 	if err := read.Wait(); err != nil {
 		return nil, err
+	}
+	return CompareDocuments(s, f, mode)
+}
+
+// CompareDocuments reports in what found, the SBOM made of the image at hand,
+// differs from signed, the SBOM that was attested for it. No difference means
+// that every package, file and relationship that the signed document records is
+// there, unchanged, and that there is no package and no recorded kind of file
+// beyond them.
+//
+// Differences are sorted by kind and name. The error is cause.PolicyInvalid for
+// an unknown mode. Neither document is changed, but for notes in signed.
+func CompareDocuments(s, f *Document, mode string) ([]Difference, error) {
+	if mode != Normal && mode != Strict {
+		return nil, cause.New(cause.PolicyInvalid, "sbom comparison mode is %q, want %q or %q", clip(mode), Normal, Strict)
 	}
 	if s.attributed == nil {
 		s.allFiles = s.listsAllFiles(f)
@@ -96,7 +102,7 @@ func Compare(signed, found []byte, mode string) ([]Difference, error) {
 
 // comparePackages compares multisets: the same package twice is a difference
 // from once.
-func comparePackages(s, f *document) []Difference {
+func comparePackages(s, f *Document) []Difference {
 	details := s.hasDetails && f.hasDetails
 	count := map[packageKey]int{}
 	add := func(from map[packageKey]int, sign int) {
@@ -157,7 +163,7 @@ func comparePackages(s, f *document) []Difference {
 }
 
 // compareFiles compares contents as far as the signed document covers them.
-func compareFiles(s, f *document, mode string) []Difference {
+func compareFiles(s, f *Document, mode string) []Difference {
 	var out []Difference
 	for p, want := range s.files {
 		if !want.covered() {
@@ -193,11 +199,11 @@ func compareFiles(s, f *document, mode string) []Difference {
 
 // compareRelations compares relations whose ends both documents list: an end
 // that one lacks has been reported as a package or file, or is not covered.
-func compareRelations(s, f *document) []Difference {
+func compareRelations(s, f *Document) []Difference {
 	if !s.hasRelations || !f.hasRelations {
 		return nil
 	}
-	known := func(d *document) func(string) bool {
+	known := func(d *Document) func(string) bool {
 		packages := make(map[string]struct{}, len(d.packages))
 		for k := range d.packages {
 			packages[packageElement(k)] = struct{}{}
@@ -211,7 +217,7 @@ func compareRelations(s, f *document) []Difference {
 			return listed
 		}
 	}
-	missing := func(a, b *document, kind string) (out []Difference) {
+	missing := func(a, b *Document, kind string) (out []Difference) {
 		inB := known(b)
 		for r := range a.relations {
 			if _, ok := b.relations[r]; ok || !inB(r.from) || !inB(r.to) {
@@ -226,7 +232,7 @@ func compareRelations(s, f *document) []Difference {
 
 // compareCoverage refuses a signed document that leaves out a class of facts
 // that the found one has. Files are settled one by one in compareFiles.
-func compareCoverage(s, f *document) []Difference {
+func compareCoverage(s, f *Document) []Difference {
 	var out []Difference
 	if f.hasRelations && !s.hasRelations {
 		out = append(out, Difference{Kind: CoverageLess, What: "the signed document records no relationships"})

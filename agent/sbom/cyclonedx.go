@@ -1,8 +1,9 @@
 package sbom
 
 import (
-	"encoding/json"
 	"fmt"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // cdxComponent is the part of a CycloneDX 1.x component that the normal form
@@ -23,13 +24,13 @@ type cdxComponent struct {
 // A cdxReader collects packages and files. CycloneDX has neither file ownership
 // nor SPDX's licence and origin fields, so those are not compared with a
 // document of that format. The root, metadata.component, is not read.
-type cdxReader document
+type cdxReader Document
 
 func newCDXReader() *cdxReader {
 	return &cdxReader{packages: map[packageKey]int{}, files: map[string]sums{}, relations: map[relation]struct{}{}}
 }
 
-func (d *cdxReader) member(name string, dec *json.Decoder) (bool, error) {
+func (d *cdxReader) member(name string, dec *jsontext.Decoder) (bool, error) {
 	if name != "components" {
 		return false, nil
 	}
@@ -70,7 +71,7 @@ func (d *cdxReader) addComponent(c *cdxComponent) error {
 // ownership decides: a tool that reads owned files alone reaches few others
 // (through links), one that reads all reaches many. Only an image whose
 // packages changed as well could be told otherwise, and that is a difference.
-func (d *document) listsAllFiles(other *document) bool {
+func (d *Document) listsAllFiles(other *Document) bool {
 	covered, unowned := 0, 0
 	for p, s := range d.files {
 		if !s.covered() {

@@ -1,9 +1,10 @@
 // Package sbom knows what makes two software bills of materials equal, and runs
 // the program that makes one from a mounted image in a sandbox.
 //
-// Compare reduces two documents to a normal form and names every difference.
-// What the normal form keeps and drops, and why, is tabled in README.md; a
-// textual comparison would report thousands of differences for one image.
+// Read reduces a document to its normal form while it comes in, and
+// CompareDocuments names every difference of two. What the normal form keeps
+// and drops, and why, is tabled in README.md; a textual comparison would report
+// thousands of differences for one image.
 // Sandbox.Scan runs cvm-sbom (a program of its own, see agent/cmd/cvm-sbom)
 // with no rights but to read the image; it refuses to run it with less
 // protection than that.
@@ -16,8 +17,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-
-	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
 
 // Bounds of one document. The SBOM of a 780 MB image with 44 000 paths is
@@ -25,16 +24,13 @@ import (
 const (
 	MaxDocument = 64 << 20 // bytes
 	maxDepth    = 32
-	maxNodes    = 16 << 20
-	maxString   = 8 << 20 // bytes; extracted license texts are long
+	maxElement  = 8 << 20 // bytes of one package, file or relationship
 	maxElements = 2_000_000
 )
 
-var limits = bounded.Limits{Bytes: MaxDocument, Depth: maxDepth, Nodes: maxNodes, String: maxString}
-
-// A document is the normal form: what is left of an SBOM when everything that
+// A Document is the normal form: what is left of an SBOM when everything that
 // depends on who scanned when, from where and under which name is gone.
-type document struct {
+type Document struct {
 	packages  map[packageKey]int // how often each occurs
 	files     map[string]sums    // by absolute path
 	relations map[relation]struct{}
@@ -111,6 +107,15 @@ type relation struct {
 // element keys in relations.
 func packageElement(k packageKey) string { return "package " + k.identity().String() }
 func fileElement(path string) string     { return "file " + path }
+
+// pathOf returns the path of a file's element key, "" for a package's.
+func pathOf(element string) string {
+	p, ok := strings.CutPrefix(element, "file ")
+	if !ok {
+		return ""
+	}
+	return p
+}
 
 // filePath makes a file name absolute: tools write usr/bin/x, /usr/bin/x and
 // ./usr/bin/x for one file. The scanned directory itself is "/".

@@ -1,11 +1,12 @@
 package sbom
 
 import (
-	"encoding/json"
 	"fmt"
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 type spdxChecksum struct {
@@ -45,31 +46,50 @@ type spdxRelation struct {
 
 const spdxDocument = "SPDXRef-DOCUMENT"
 
-// spdxReader collects a document; SPDX puts no order on its lists, so
-// relations are resolved at the end.
+// spdxReader collects a document. SPDX puts no order on its lists, so relations
+// are resolved at the end; until then an SPDXID is a number.
 type spdxReader struct {
-	doc      *document
-	byID     map[string]string // SPDXID to element key
-	packages map[string]packageKey
-	pending  []spdxRelation
+	doc      *Document
+	numbers  map[string]uint32 // by SPDXID, from its first mention
+	elements []spdxElement     // by number
+	kinds    map[string]uint32
+	pending  []pendingRelation
 	roots    []string // SPDXIDs that the document describes
 }
 
+// spdxElement is what an SPDXID names.
+type spdxElement struct {
+	key string      // "" for one that was only mentioned
+	pkg *packageKey // nil for files
+}
+
+// pendingRelation has numbers of a kind and of elements.
+type pendingRelation struct{ kind, from, to uint32 }
+
 func newSPDXReader() *spdxReader {
 	return &spdxReader{
-		doc: &document{
+		doc: &Document{
 			packages: map[packageKey]int{}, files: map[string]sums{}, relations: map[relation]struct{}{},
 			attributed:   map[string]struct{}{},
 			hasRelations: true, hasDetails: true,
 		},
-		byID:     map[string]string{},
-		packages: map[string]packageKey{},
+		numbers: map[string]uint32{}, kinds: map[string]uint32{},
 	}
+}
+
+func (r *spdxReader) number(id string) uint32 {
+	n, ok := r.numbers[id]
+	if !ok {
+		n = uint32(len(r.elements)) //nolint:gosec // maxElements is less
+		r.numbers[strings.Clone(id)] = n
+		r.elements = append(r.elements, spdxElement{})
+	}
+	return n
 }
 
 // member reads one top-level member of the document, or says that it is not
 // needed.
-func (r *spdxReader) member(name string, dec *json.Decoder) (bool, error) {
+func (r *spdxReader) member(name string, dec *jsontext.Decoder) (bool, error) {
 	switch name {
 	case "packages":
 		return true, elements(dec, r.addPackage)
@@ -86,14 +106,15 @@ func (r *spdxReader) member(name string, dec *json.Decoder) (bool, error) {
 	return false, nil
 }
 
-func (r *spdxReader) claim(id, element string) error {
+func (r *spdxReader) claim(id string, e spdxElement) error {
 	if id == "" {
-		return fmt.Errorf("%s has no SPDXID", clip(element))
+		return fmt.Errorf("%s has no SPDXID", clip(e.key))
 	}
-	if _, twice := r.byID[id]; twice {
+	n := r.number(id)
+	if r.elements[n].key != "" {
 		return fmt.Errorf("SPDXID %q names two elements", clip(id))
 	}
-	r.byID[id] = element
+	r.elements[n] = e
 	return nil
 }
 
@@ -118,14 +139,13 @@ func (r *spdxReader) addPackage(p *spdxPackage) error {
 			"from " + asserted(p.DownloadLocation), strings.Join(checksums, " "),
 		}, "; "),
 	}
-	r.packages[p.ID] = k
 	// syft: "acquired package info from DPKG DB: /a, /b".
 	if _, list, ok := strings.Cut(p.SourceInfo, ": "); ok {
 		for s := range strings.SplitSeq(list, ", ") {
 			r.doc.attributed[filePath(s)] = struct{}{}
 		}
 	}
-	return r.claim(p.ID, packageElement(k))
+	return r.claim(p.ID, spdxElement{packageElement(k), &k})
 }
 
 // asserted gives the two SPDX ways to say nothing one spelling.
@@ -138,9 +158,11 @@ func asserted(s string) string {
 
 func (r *spdxReader) addFile(f *spdxFile) error {
 	p := filePath(f.Name)
-	if err := r.claim(f.ID, fileElement(p)); err != nil {
+	key := fileElement(p)
+	if err := r.claim(f.ID, spdxElement{key: key}); err != nil {
 		return err
 	}
+	p = pathOf(key) // one string for both
 	var s sums
 	for _, c := range f.Checksums {
 		s.add(c.Algorithm, c.Value)
@@ -163,7 +185,12 @@ func (r *spdxReader) addRelation(rel *spdxRelation) error {
 	case rel.To == spdxDocument && rel.Type == "DESCRIBED_BY":
 		r.describe(rel.From)
 	default:
-		r.pending = append(r.pending, *rel)
+		kind, ok := r.kinds[rel.Type]
+		if !ok {
+			kind = uint32(len(r.kinds)) //nolint:gosec // maxElements is less
+			r.kinds[rel.Type] = kind
+		}
+		r.pending = append(r.pending, pendingRelation{kind, r.number(rel.From), r.number(rel.To)})
 	}
 	return nil
 }
@@ -180,36 +207,43 @@ func (r *spdxReader) describe(id string) {
 // image, and its name, version and purl say under which name it was scanned. A
 // document that describes several packages has no root, and loses none.
 func (r *spdxReader) finish() error {
-	root := ""
+	const none = ^uint32(0)
+	root := none
 	if len(r.roots) == 1 {
-		if _, ok := r.packages[r.roots[0]]; ok {
-			root = r.roots[0]
+		if n, ok := r.numbers[r.roots[0]]; ok && r.elements[n].pkg != nil {
+			root = n
 		}
 	}
-	for id, k := range r.packages {
-		if id != root {
-			r.doc.packages[k]++
+	for n, e := range r.elements {
+		if e.pkg != nil && uint32(n) != root { //nolint:gosec // as above
+			r.doc.packages[*e.pkg]++
 		}
+	}
+	kinds, ids := make([]string, len(r.kinds)), make([]string, len(r.elements))
+	for kind, n := range r.kinds {
+		kinds[n] = kind
+	}
+	for id, n := range r.numbers {
+		ids[n] = id
 	}
 	owns := false
 	for _, rel := range r.pending {
-		from, ok1 := r.byID[rel.From]
-		to, ok2 := r.byID[rel.To]
-		if rel.From == root || rel.To == root || rel.From == spdxDocument || rel.To == spdxDocument ||
+		from, to := r.elements[rel.from].key, r.elements[rel.to].key
+		if rel.from == root || rel.to == root || ids[rel.from] == spdxDocument || ids[rel.to] == spdxDocument ||
 			from == fileElement("/") || to == fileElement("/") {
 			continue // says under which root things were found, and no more
 		}
-		if !ok1 || !ok2 {
-			if special(rel.From) || special(rel.To) {
+		if from == "" || to == "" {
+			if special(ids[rel.from]) || special(ids[rel.to]) {
 				continue
 			}
-			return fmt.Errorf("relationship %q names an unknown element", clip(rel.From+" "+rel.Type+" "+rel.To))
+			return fmt.Errorf("relationship %q names an unknown element", clip(ids[rel.from]+" "+kinds[rel.kind]+" "+ids[rel.to]))
 		}
-		if path, ok := strings.CutPrefix(to, "file "); ok {
+		if path := pathOf(to); path != "" {
 			r.doc.attributed[path] = struct{}{}
 			owns = true
 		}
-		r.doc.relations[relation{kind: rel.Type, from: from, to: to}] = struct{}{}
+		r.doc.relations[relation{kind: kinds[rel.kind], from: from, to: to}] = struct{}{}
 	}
 	r.doc.allFiles = r.listsAllFiles(owns)
 	delete(r.doc.files, "/")
