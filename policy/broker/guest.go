@@ -4,10 +4,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -68,10 +72,7 @@ func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
 	if n == nil {
 		return kbs.NewError(kbs.VariantAttestationError, "no such session, or it is older than %s", SessionLife)
 	}
-	b, err := body(w, r, kbs.MaxBody)
-	if err != nil {
-		return err
-	}
+	// Before the body is read: a session holds one body at a time.
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.token != "" {
@@ -81,6 +82,11 @@ func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
 	if n.spent {
 		return kbs.NewError(kbs.VariantAttestationError, "this session's evidence was refused: open a new one")
 	}
+	b, done, err := s.evidenceBody(w, r)
+	if err != nil {
+		return err
+	}
+	defer done()
 	n.spent = true
 	rec := audit.Record{Op: "attest", Peer: peer(r), Session: n.label, TEE: n.tee, Dialect: n.dialect}
 	if err := s.judgeEvidence(n, b, &rec); err != nil {
@@ -103,6 +109,47 @@ func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
 	s.sessions.attested(n, n.token)
 	writeJSON(w, http.StatusOK, kbs.AttestResponse{Token: n.token})
 	return nil
+}
+
+// Evidence of a usual launch is small. More than smallEvidence bytes are read
+// by at most largeBodies requests at once, so that the memory of hostile
+// bodies is bounded by the connections times the small size.
+const (
+	smallEvidence = 128 << 10
+	largeBodies   = 64
+	largeWait     = 10 * time.Second
+)
+
+// evidenceBody reads the body of POST attest. done gives back what it took.
+func (s *Server) evidenceBody(w http.ResponseWriter, r *http.Request) (b []byte, done func(), err error) {
+	done = func() {}
+	in := http.MaxBytesReader(w, r.Body, kbs.MaxBody+1)
+	head, err := io.ReadAll(io.LimitReader(in, smallEvidence))
+	if err != nil {
+		return nil, done, kbs.NewError(kbs.VariantSerdeError, "request body: %s", err)
+	}
+	if len(head) < smallEvidence {
+		return head, done, nil
+	}
+	wait := time.NewTimer(largeWait)
+	defer wait.Stop()
+	select {
+	case s.large <- struct{}{}:
+	case <-wait.C:
+		// Not the protocol's 401: this is to be tried again.
+		e := kbs.NewError(kbs.VariantAttestationError, "busy with other evidence of more than %d bytes", smallEvidence)
+		e.Status = http.StatusServiceUnavailable
+		return nil, done, e
+	case <-r.Context().Done():
+		return nil, done, r.Context().Err()
+	}
+	done = sync.OnceFunc(func() { <-s.large })
+	rest, err := bounded.ReadAll(in, kbs.MaxBody-int64(len(head)))
+	if err != nil {
+		done()
+		return nil, func() {}, kbs.NewError(kbs.VariantSerdeError, "request body: %s", err)
+	}
+	return append(head, rest...), done, nil
 }
 
 // judgeEvidence appraises one attestation request and, when it is accepted,
@@ -153,7 +200,10 @@ func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
 	if err != nil {
 		return err
 	}
-	n.facts, n.key, n.instance = a.Facts, req.RuntimeData.TEEPubKey, inst
+	if l := a.Facts.Launch; l != nil {
+		l.Initdata.Raw = nil // its digest is known; the entries are what rules look at
+	}
+	n.facts, n.key, n.instance, n.size = a.Facts, req.RuntimeData.TEEPubKey, inst, len(b)
 	token, err := s.issuer.issue(n, reportData, claims, s.now())
 	if err != nil {
 		return fmt.Errorf("token: %w", err)

@@ -11,12 +11,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
@@ -241,6 +243,44 @@ func TestInitFilesAndModes(t *testing.T) {
 		}
 		if _, err := LoadConfig(p); err == nil {
 			t.Errorf("%s was accepted", what)
+		}
+	}
+}
+
+// The README's table and what the policy demands to be accepted are one thing.
+func TestREADMEAgreesWithGivenUp(t *testing.T) {
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var platforms []string
+	given := map[string][]string{}
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
+		if strings.Contains(cells[0], "`broker.accept`") {
+			for _, c := range cells[1:] {
+				platforms = append(platforms, strings.Trim(c, "` "))
+			}
+			continue
+		}
+		for _, name := range []string{policy.AcceptNoEventLog, policy.AcceptNoVersionMark, policy.AcceptNoTombstone} {
+			if len(cells) != len(platforms)+1 || !strings.Contains(cells[0], "(`"+name+"`)") {
+				continue
+			}
+			for i, p := range platforms {
+				if strings.HasPrefix(strings.TrimSpace(cells[i+1]), "no") {
+					given[p] = append(given[p], name)
+				}
+			}
+		}
+	}
+	for _, p := range []policy.Platform{policy.PlatformTPM, policy.PlatformSNP, policy.PlatformTDX, policy.PlatformAzSNPvTPM, policy.PlatformAzTDXvTPM} {
+		want := (&policy.Policy{Platforms: []policy.Platform{p}, Broker: &policy.Broker{Dialect: policy.DialectKBS}}).GivenUp()
+		got := given[string(p)]
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: the table gives up %v, the policy %v", p, got, want)
 		}
 	}
 }

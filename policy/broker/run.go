@@ -46,8 +46,13 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 		_ = l.Close()
 		return err
 	}
+	// One request at a time on a connection, so that the limit on connections
+	// bounds what is held: HTTP/2 would allow 250 bodies on each.
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
 	h := &http.Server{
 		Handler:           server,
+		Protocols:         &protocols,
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      60 * time.Second,

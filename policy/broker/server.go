@@ -39,6 +39,7 @@ type Server struct {
 	verifiers map[string]appraisal.Verifier
 	admin     [][32]byte
 	sessions  *sessions
+	large     chan struct{} // a place for each large body
 	log       *slog.Logger
 	now       func() time.Time
 }
@@ -59,6 +60,7 @@ func New(o Options) (*Server, error) {
 		store: o.Store, audit: o.Audit, issuer: i, admin: o.AdminHashes, log: o.Logger, now: o.Now,
 		verifiers: map[string]appraisal.Verifier{},
 		sessions:  newSessions(o.MaxSessions, o.Now),
+		large:     make(chan struct{}, largeBodies),
 	}
 	for _, v := range o.Verifiers {
 		name := v.TEE()

@@ -33,17 +33,23 @@ type session struct {
 	key      kbs.TEEPubKey
 	facts    appraisal.Facts
 	instance Instance
+	size     int // bytes of the evidence whose facts are kept
 
 	element *list.Element
 	digest  [32]byte // of the token, the key in sessions.byToken
 }
 
-// sessions holds the sessions, bounded in number and time. When it is full the
-// oldest one goes, so that nobody can lock others out for longer than it takes
-// them to start again.
+// maxHeld bounds the evidence behind all attested sessions together, in bytes:
+// any genuine TPM can have 2 MiB of initdata, ten thousand times.
+const maxHeld = 256 << 20
+
+// sessions holds the sessions, bounded in number, time and what they keep.
+// When it is full the oldest one goes, so that nobody can lock others out for
+// longer than it takes them to start again.
 type sessions struct {
 	mu      sync.Mutex
 	most    int
+	held    int // sum of the sizes of attested sessions
 	now     func() time.Time
 	byID    map[string]*session
 	byToken map[[32]byte]*session
@@ -106,6 +112,14 @@ func (s *sessions) attested(n *session, token string) {
 	}
 	n.digest = sha256.Sum256([]byte(token))
 	s.byToken[n.digest] = n
+	s.held += n.size
+	for e := s.order.Front(); e != nil && s.held > maxHeld; {
+		old := e.Value.(*session)
+		e = e.Next()
+		if old != n && s.byToken[old.digest] == old {
+			s.remove(old)
+		}
+	}
 }
 
 // end forgets a session.
@@ -135,6 +149,7 @@ func (s *sessions) remove(n *session) {
 	delete(s.byID, n.id)
 	if s.byToken[n.digest] == n {
 		delete(s.byToken, n.digest)
+		s.held -= n.size
 	}
 	s.order.Remove(n.element)
 }

@@ -41,7 +41,9 @@ func TestRuleAndResourceAreOfOneMoment(t *testing.T) {
 			t.Errorf("rule %+v", g.Rule)
 		}
 		done := make(chan error)
-		go func() { done <- errors.Join(s.DeleteRule(keyOne, onRecord), s.PutResource(keyOne, []byte("new"), onRecord)) }()
+		go func() {
+			done <- errors.Join(s.DeleteRule(keyOne, onRecord), s.PutResource(keyOne, []byte("new"), onRecord))
+		}()
 		return <-done
 	})
 	if err != nil || string(data) != "old" {

@@ -298,6 +298,23 @@ func TestTokenClaims(t *testing.T) {
 	}
 }
 
+// Verdicts, tokens and audit records name the members of others.
+func TestAdditionalMembersAreBounded(t *testing.T) {
+	text := func(n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, `,"m%d":{}`, i)
+		}
+		return "{" + strings.TrimPrefix(b.String(), ",") + "}"
+	}
+	if _, others, err := DecodeAdditional(text(maxOthers)); err != nil || len(others) != maxOthers {
+		t.Errorf("%d, %v", len(others), err)
+	}
+	if _, _, err := DecodeAdditional(text(maxOthers + 1)); err == nil {
+		t.Error("one more was accepted")
+	}
+}
+
 func FuzzAttestRequest(f *testing.F) {
 	f.Add([]byte(`{"version":"0.4.0","tee":"tpm","extra-params":{"cvm-agent":{"version":"cvm-agent/1","ek_cert":"AAE=","ak_public":"AgM="}}}`))
 	f.Add([]byte(`{"init-data":null,"runtime-data":{"nonce":"bg==","tee-pubkey":` + testKey + `},"tee-evidence":{"primary_evidence":{"tpm_quote":{}},"additional_evidence":"{\"cvm-agent-eventlog\":\"AQ==\"}"}}`))

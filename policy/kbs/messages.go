@@ -226,6 +226,9 @@ func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 	return &r, nil
 }
 
+// maxOthers bounds the members of others: verdicts and tokens name each.
+const maxOthers = 16
+
 // DecodeAdditional reads the additional evidence: this project's members, and
 // the names of all others, which nothing here checks.
 func DecodeAdditional(text string) (a AdditionalCVMAgent, others []string, err error) {
@@ -243,6 +246,9 @@ func DecodeAdditional(text string) (a AdditionalCVMAgent, others []string, err e
 		if name != "cvm-agent-eventlog" && name != "cvm-agent-activation" {
 			others = append(others, clip(name))
 		}
+	}
+	if len(others) > maxOthers {
+		return AdditionalCVMAgent{}, nil, fmt.Errorf("additional_evidence has %d members that are not known here, at most %d are accepted", len(others), maxOthers)
 	}
 	slices.Sort(others)
 	return a, others, nil

@@ -99,9 +99,9 @@ func (a *Log) Write(r Record) error {
 	}
 	r.Seq, r.Prev = a.seq+1, a.head
 	r.Time = a.now().UTC().Format("2006-01-02T15:04:05.000Z07:00")
-	if len(r.Reason) > 8<<10 {
-		r.Reason = strings.ToValidUTF8(r.Reason[:8<<10], "") + "…"
-	}
+	// Both can hold a peer's text. Whatever it is, the record is written: cut
+	// so that it fits even when every byte becomes a \u escape.
+	r.Reason, r.Verdict = cut(r.Reason), cut(r.Verdict)
 	line, err := json.Marshal(r)
 	if err != nil {
 		return cause.Wrap(cause.Internal, err)
@@ -119,6 +119,14 @@ func (a *Log) Write(r Record) error {
 	}
 	a.seq, a.head = r.Seq, lineHash(line)
 	return nil
+}
+
+func cut(s string) string {
+	const most = 4 << 10
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return s
 }
 
 // Close closes the file.
