@@ -82,6 +82,7 @@ type timing struct {
 type launch struct {
 	timing
 	Policy float64 // seconds until the policy was accepted
+	Added  float64 // seconds that the regeneration of the SBOM adds
 	Phases []phase
 }
 
@@ -93,6 +94,8 @@ type phase struct {
 	Takes   float64 // seconds
 }
 
+func (p phase) ends() float64 { return p.Begins + p.Takes }
+
 func (l *launch) phase(name string) (phase, error) {
 	for _, p := range l.Phases {
 		if p.Name == name {
@@ -100,18 +103,6 @@ func (l *launch) phase(name string) (phase, error) {
 		}
 	}
 	return phase{}, fmt.Errorf("ctl status has no phase %s", name)
-}
-
-// added is what the regeneration of the SBOM adds to a launch: the time from
-// the last byte of the image to the end of the comparison. Whatever part of the
-// work overlaps with the fetch costs nothing.
-func (l *launch) added() (float64, error) {
-	fetch, err := l.phase("fetch")
-	if err != nil {
-		return 0, err
-	}
-	sbom, err := l.phase("sbom")
-	return max(0, sbom.Begins+sbom.Takes-fetch.Begins-fetch.Takes), err
 }
 
 // guest makes a machine that was never booted: empty storage, empty state.
@@ -224,8 +215,22 @@ func (l *launch) read(ctx context.Context, g *rig.Guest, began time.Time) error 
 		l.Phases = append(l.Phases, phase{Name: p.Name, Outcome: p.Outcome, Begins: p.Start.Sub(began).Seconds(), Takes: p.DurationMS / 1000})
 	}
 	policy, err := l.phase("policy")
-	l.Policy = policy.Begins + policy.Takes
-	return err
+	if err != nil {
+		return err
+	}
+	fetch, err := l.phase("fetch")
+	if err != nil {
+		return err
+	}
+	sbom, err := l.phase("sbom")
+	if err != nil {
+		return err
+	}
+	l.Policy = policy.ends()
+	// From the last byte of the image to the end of the comparison: whatever
+	// part of the scan overlaps with the fetch costs nothing.
+	l.Added = max(0, sbom.ends()-fetch.ends())
+	return nil
 }
 
 // discard empties the storage of a run, so that the next one does not share the

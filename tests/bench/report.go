@@ -101,7 +101,7 @@ func (r *Report) add(m *measurements) {
 	first := each(m.first, func(l *launch) float64 { return l.Seconds })
 	second := each(m.second, func(l *launch) float64 { return l.Seconds })
 	plain, chain, stock := each(m.plain, seconds), each(m.chain, seconds), each(m.stock, seconds)
-	added := each(m.first, func(l *launch) float64 { s, _ := l.added(); return s })
+	added := each(m.first, func(l *launch) float64 { return l.Added })
 	toPlain := 1.0
 	if m.Name == small {
 		toPlain = 1.5
