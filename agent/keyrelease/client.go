@@ -203,7 +203,7 @@ func retry[T any](ctx context.Context, cl *Client, do func() (T, error)) (T, err
 	b.MaxInterval = 15 * time.Second
 	for {
 		v, err := do()
-		if err == nil || cause.Of(err) != cause.BrokerUnavailable {
+		if err == nil || cause.Of(err) != cause.BrokerUnavailable || errors.Is(err, errSessionGone) {
 			return v, err
 		}
 		next := b.NextBackOff()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"sync"
 	"time"
@@ -45,7 +46,9 @@ func (s *Session) Token() Claims { return s.claims }
 // Resource gets one resource, given as kbs://[host]/repository/type/tag. The
 // host is ignored: only the policy's broker is asked. A refusal by a rule is
 // cause.KeyRefused and final; a broker that does not answer is tried again
-// until ctx ends. The caller zeroises what it gets.
+// until ctx ends. A broker that has forgotten the session (it was restarted,
+// or the session's life is over) is cause.BrokerUnavailable at once, for only
+// a new session can help. The caller zeroises what it gets.
 func (s *Session) Resource(ctx context.Context, uri string) ([]byte, error) {
 	u, err := kbs.ParseResourceURI(uri)
 	if err != nil {
@@ -53,7 +56,7 @@ func (s *Session) Resource(ctx context.Context, uri string) ([]byte, error) {
 	}
 	body, err := retry(ctx, s.client, func() ([]byte, error) {
 		body, _, err := s.client.do(ctx, http.MethodGet, kbs.PathResource+u.Path(), s.cookie, nil)
-		return body, refusal(cause.KeyRefused, err)
+		return body, refusal(cause.KeyRefused, sessionGone(err))
 	})
 	if err != nil {
 		return nil, err
@@ -64,6 +67,22 @@ func (s *Session) Resource(ctx context.Context, uri string) ([]byte, error) {
 		return nil, cause.New(cause.Internal, "the session is closed")
 	}
 	return decrypt(body, s.key)
+}
+
+// errSessionGone marks the end of a session: trying again in it is of no use.
+var errSessionGone = errors.New("the broker no longer knows this session")
+
+// sessionGone tells "who are you" from a refusal.
+func sessionGone(err error) error {
+	var answer *kbs.Error
+	if !errors.As(err, &answer) {
+		return err
+	}
+	switch answer.Variant() {
+	case kbs.VariantTokenNotFound, kbs.VariantTokenVerifierError:
+		return cause.New(cause.BrokerUnavailable, "%w: %w", errSessionGone, answer)
+	}
+	return err
 }
 
 // Close zeroises the session's private key.

@@ -1,0 +1,28 @@
+package keyrelease
+
+import (
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// A broker that was restarted has forgotten the session. That is no refusal of
+// the key: the caller opens a new session and asks again.
+func TestLesson20_AForgottenSessionIsNoRefusal(t *testing.T) {
+	for _, variant := range []string{"TokenNotFound", "TokenVerifierError"} {
+		b := newTrustee(t)
+		asked := 0
+		b.resource = func(w http.ResponseWriter, _ string) { asked++; deny(w, variant, "who are you") }
+		s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1")
+		s.Close()
+		if cause.Of(err) != cause.BrokerUnavailable || asked != 1 {
+			t.Errorf("%s: asked %d times: %v", variant, asked, err)
+		}
+	}
+}
