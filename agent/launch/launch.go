@@ -23,6 +23,7 @@ func (a *Agent) launch(ctx context.Context) error {
 	a.connectPodmanEarly(ctx)
 
 	s.run("policy", localDeadline, func(ctx context.Context, st *step) error { return a.openPolicy(ctx, st, g) })
+	a.warmUp(ctx, g)
 	s.run("attest", a.deadlines(g).Broker.Or(brokerTime), func(ctx context.Context, st *step) error { return a.attest(ctx, st, g) })
 
 	s.together(g, func(w *item, phase phaseFunc) error { return a.verify(g, w, phase) }) // resolve, signature, attestation
@@ -248,8 +249,14 @@ func (g *generation) uses(imageID string) bool {
 	return g != nil && slices.ContainsFunc(g.items, func(w *item) bool { return w.stored != nil && w.stored.ImageID() == imageID })
 }
 
-// close ends the generation's clients.
+// close ends the generation's clients, and scanners that have not come to work.
 func (g *generation) close() {
+	for _, w := range g.items {
+		if w.scanner != nil {
+			w.scanner.Close()
+			w.scanner = nil
+		}
+	}
 	if g.images != nil {
 		_ = g.images.Close()
 	}

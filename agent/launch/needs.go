@@ -32,9 +32,10 @@ type World interface {
 	Images(v *policy.Verified, onWait func(err error, next time.Duration)) (Images, error)
 	// Podman connects to podman's service, telling onWait while it does not answer.
 	Podman(ctx context.Context, onWait func(err error, next time.Duration)) (Podman, error)
-	// Regenerate scans the image, mounted at root, in the sandbox and compares
-	// the outcome with the signed SBOM. The detail is one line for status.
-	Regenerate(ctx context.Context, stored Stored, root string, signed []byte, rule policy.SBOM) (detail string, err error)
+	// Scanner returns an SBOM scanner, which lives until its Compare, Close or
+	// the end of ctx. early: it begins to start in its sandbox at once, and if
+	// that fails so does Compare.
+	Scanner(ctx context.Context, early bool) Scanner
 	// Secrets opens the tmpfs directory for the workloads' secrets.
 	Secrets() (Secrets, error)
 }
@@ -119,6 +120,16 @@ type Stored interface {
 	ImageID() string // 64 hex digits
 	Detail() string  // one line for status
 	Mount(ctx context.Context) (dir string, unmount func() error, err error)
+}
+
+// Scanner makes the SBOM of one image and compares it with the signed one.
+type Scanner interface {
+	// Expect takes the verified predicate of the SBOM attestation, once.
+	Expect(signed []byte)
+	// Compare scans the image, mounted at root, and compares. It comes after
+	// Expect, once. The detail is one line for status.
+	Compare(ctx context.Context, stored Stored, root string, rule policy.SBOM) (detail string, err error)
+	Close() // ends what still runs
 }
 
 // Podman runs containers; see package workload.

@@ -29,7 +29,7 @@ type generation struct {
 type item struct {
 	rule      policy.Workload
 	image     Image
-	sbom      []byte
+	scanner   Scanner // nil when nothing is to be compared
 	keys      LayerKeys
 	secrets   map[string][]byte // name → value, until they are written
 	stored    Stored
@@ -72,6 +72,18 @@ func (a *Agent) open(g *generation) (err error) {
 		g.items = append(g.items, &item{rule: rule})
 	}
 	return nil
+}
+
+// warmUp gives the workloads their SBOM scanners. Those that are fetched side by
+// side first are started as well: what they need before they see an image
+// passes beside attestation and fetch. They have nothing of the image, and no
+// rights.
+func (a *Agent) warmUp(ctx context.Context, g *generation) {
+	for i, w := range g.items {
+		if w.rule.SBOM.Required && w.rule.SBOM.Compare != "none" {
+			w.scanner = a.world.Scanner(ctx, i < maxTogether)
+		}
+	}
 }
 
 // waitsForRegistry shows a wait in the phases that ask registries.
@@ -192,8 +204,11 @@ func (a *Agent) verify(g *generation, w *item, phase phaseFunc) error {
 				st.skipped("the policy asks for no SBOM")
 				return nil
 			}
-			return a.retry(ctx, st, func(ctx context.Context) (err error) {
-				w.sbom, err = w.image.SBOM(ctx, a.publicKeys(st, g))
+			return a.retry(ctx, st, func(ctx context.Context) error {
+				signed, err := w.image.SBOM(ctx, a.publicKeys(st, g))
+				if err == nil && w.scanner != nil {
+					w.scanner.Expect(signed) // a large document: it is read now, and not kept
+				}
 				return err
 			})
 		})
@@ -278,11 +293,12 @@ func (a *Agent) compare(ctx context.Context, st *step, w *item) error {
 	if err != nil {
 		return cause.Wrap(cause.StorageFailed, err)
 	}
-	detail, err := a.world.Regenerate(ctx, w.stored, root, w.sbom, w.rule.SBOM)
+	detail, err := w.scanner.Compare(ctx, w.stored, root, w.rule.SBOM)
 	if unmountErr := unmount(); err == nil && unmountErr != nil {
 		return cause.New(cause.StorageFailed, "unmount the image: %w", unmountErr)
 	}
-	w.sbom = nil // a large document, and nobody needs it any more
+	w.scanner.Close()
+	w.scanner = nil
 	st.progress("%s", detail)
 	return err
 }

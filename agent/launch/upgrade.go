@@ -48,6 +48,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 	if already && s.failed() == nil {
 		return nil
 	}
+	a.warmUp(ctx, next)
 	s.run("attest", a.deadlines(next).Broker.Or(brokerTime), func(ctx context.Context, st *step) error { return a.attest(ctx, st, next) })
 	s.together(next, func(w *item, phase phaseFunc) error { return a.verify(next, w, phase) })
 	s.each(next, "measure", localDeadline, func(ctx context.Context, st *step, w *item) error { return a.measure(ctx, st, next, w) })

@@ -3,9 +3,7 @@ package launch
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"encoding/json"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -15,7 +13,6 @@ import (
 	"github.com/cc-runtime/cvm-agent/agent/control"
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/platform"
-	"github.com/cc-runtime/cvm-agent/agent/sbom"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -204,54 +201,4 @@ func (r real) Podman(ctx context.Context, onWait func(error, time.Duration)) (Po
 
 func (r real) Secrets() (Secrets, error) {
 	return workload.OpenSecrets(filepath.Join(r.config.RunDir, "secrets"))
-}
-
-func (r real) Regenerate(ctx context.Context, stored Stored, root string, signed []byte, rule policy.SBOM) (string, error) {
-	sandbox := sbom.Sandbox{Program: r.config.SBOMProgram}
-	options := sbom.ScanOptions{Name: "image"}
-	if s, ok := stored.(storedImage); ok {
-		// The digests that the agent computed while it unpacked the very bytes.
-		digests, err := s.FileDigests()
-		if err != nil {
-			return "", err
-		}
-		lines := fileDigests(digests)
-		defer lines.Close() // ends the writer when the scanner does not read on
-		options.FileDigests = lines
-	}
-	found, err := sandbox.Scan(ctx, root, options)
-	if err != nil {
-		return "", err
-	}
-	mode := rule.Compare
-	if mode == "" {
-		mode = "normal"
-	}
-	differences, err := sbom.Compare(signed, found, mode)
-	if err != nil {
-		return "", err
-	}
-	if err := sbom.Differs(differences); err != nil {
-		return "", err
-	}
-	return "equal to the signed one (" + mode + ")", nil
-}
-
-// fileDigests writes NDJSON as the scanner reads it, without holding it whole.
-func fileDigests(digests map[string][32]byte) *io.PipeReader {
-	r, w := io.Pipe()
-	go func() {
-		enc := json.NewEncoder(w)
-		for path, sum := range digests {
-			line := struct {
-				Path   string `json:"path"`
-				SHA256 string `json:"sha256"`
-			}{"/" + path, hex.EncodeToString(sum[:])}
-			if err := enc.Encode(line); err != nil {
-				return // the scanner has ended
-			}
-		}
-		_ = w.Close()
-	}()
-	return r
 }

@@ -100,9 +100,15 @@ func (w *world) Podman(context.Context, func(error, time.Duration)) (Podman, err
 	return w.podman, w.call("podman")
 }
 
-func (w *world) Regenerate(_ context.Context, _ Stored, root string, _ []byte, _ policy.SBOM) (string, error) {
-	return "equal", w.call("sbom %s", root)
+func (w *world) Scanner(context.Context, bool) Scanner { return fakeScanner{w} }
+
+type fakeScanner struct{ w *world }
+
+func (fakeScanner) Expect([]byte) {}
+func (s fakeScanner) Compare(_ context.Context, _ Stored, root string, _ policy.SBOM) (string, error) {
+	return "equal", s.w.call("sbom %s", root)
 }
+func (fakeScanner) Close() {}
 
 type fakePlatform struct{ w *world }
 

@@ -153,6 +153,23 @@ func (p *Prepared) Scan(ctx context.Context, root string, digests io.Reader, out
 	return p.outcome(p.cmd.Wait())
 }
 
+// Read is Scan into the normal form, while the document comes in.
+func (p *Prepared) Read(ctx context.Context, root string, digests io.Reader) (*Document, error) {
+	r, w := io.Pipe()
+	scanned := make(chan error, 1)
+	go func() {
+		err := p.Scan(ctx, root, digests, w)
+		w.CloseWithError(err) // io.EOF for nil
+		scanned <- err
+	}()
+	doc, err := Read(r)
+	r.CloseWithError(err) // ends the program when the reader has had enough
+	if scanErr := <-scanned; scanErr != nil {
+		return nil, scanErr
+	}
+	return doc, err
+}
+
 // show mounts the image in the sandbox, without what is mounted below it. The
 // mount is made outside and closed to writes, devices, set-user-ID and
 // execution before anybody can see it; a process of this program enters the
