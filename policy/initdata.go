@@ -112,10 +112,10 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 		switch {
 		case errors.As(err, &strict) && len(strict.Errors) > 0:
 			line, col := strict.Errors[0].Position()
-			return nil, bad("line %d, column %d: %s: %w", line, col, clipKey(strings.Join(strict.Errors[0].Key(), ".")), bounded.ErrUnknownField)
+			return nil, bad("line %d, column %d: %s: %w", line, col, bounded.OneLine(strings.Join(strict.Errors[0].Key(), ".")), bounded.ErrUnknownField)
 		case errors.As(err, &at):
 			line, col := at.Position()
-			return nil, bad("line %d, column %d: %s", line, col, clipKey(strings.TrimPrefix(at.Error(), "toml: ")))
+			return nil, bad("line %d, column %d: %s", line, col, bounded.OneLine(strings.TrimPrefix(at.Error(), "toml: ")))
 		}
 		return nil, bad("%w", err)
 	}
@@ -126,7 +126,7 @@ func ParseInitdata(raw []byte) (*Initdata, error) {
 	}
 	for name := range names {
 		if name != "version" && name != "algorithm" && name != "data" {
-			return nil, bad("%s: %w", clipKey(name), bounded.ErrUnknownField)
+			return nil, bad("%s: %w", bounded.OneLine(name), bounded.ErrUnknownField)
 		}
 	}
 	if doc.Version != InitdataVersion {

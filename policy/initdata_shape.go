@@ -14,7 +14,6 @@ const (
 	maxTOMLPairs    = maxInitdataEntries + 2 // "=": version, algorithm and the entries of [data]
 	maxTOMLBrackets = 16                     // "[" and "{": [data], or data = {…}
 	maxTOMLDots     = 256                    // dotted keys, which only a refused document has many of
-	maxTOMLKey      = 256                    // bytes of a key that an error shows
 
 	maxInitdataEntries = 64
 )
@@ -82,12 +81,4 @@ func afterString(raw []byte, i int) int {
 		return i + 3
 	}
 	return len(raw)
-}
-
-// clipKey shortens a key for an error: a hostile one can be the whole document.
-func clipKey(s string) string {
-	if len(s) > maxTOMLKey {
-		return s[:maxTOMLKey] + "…"
-	}
-	return s
 }

@@ -168,6 +168,17 @@ func TestReadAllStopsAtTheLimit(t *testing.T) {
 	}
 }
 
+// A hostile field name ends up in logs and on terminals.
+func TestErrorsAreOneShortLine(t *testing.T) {
+	var v struct{}
+	for _, name := range []string{`a\ncvm-agent: ok\u001b[2J`, strings.Repeat("x", 1<<19)} {
+		err := DecodeJSON([]byte(`{"`+name+`":1}`), &v, Limits{})
+		if !errors.Is(err, ErrUnknownField) || len(err.Error()) > 1100 || strings.ContainsAny(err.Error(), "\n\x1b") {
+			t.Errorf("%.80q…: %d bytes: %.80q", name, len(err.Error()), err)
+		}
+	}
+}
+
 func FuzzDecodeJSON(f *testing.F) {
 	for _, s := range []string{`{"version":1}`, `{"items":[{"name":"a","tags":["x"]}],"env":{"a":"\ud83d\ude00"}}`,
 		`{"any":[[[]]]}`, `[`, `{"a":1,"a":2}`, `"\ud800"`, `nul`, "{\"blob\":\"AQI=\"}"} {

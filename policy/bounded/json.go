@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -52,7 +53,22 @@ func (e *FieldError) Error() string {
 	if e.Path != "" {
 		where += e.Path + ": "
 	}
-	return where + e.Msg
+	return OneLine(where + e.Msg)
+}
+
+// OneLine makes text that may hold a peer's bytes, such as the name of an
+// unknown field, one line of at most 1 KiB: it ends up in logs and terminals.
+func OneLine(s string) string {
+	const most = 1 << 10
+	if len(s) > most {
+		s = s[:most] + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == utf8.RuneError {
+			return ' '
+		}
+		return r
+	}, s)
 }
 
 func (e *FieldError) Unwrap() error { return e.Err }

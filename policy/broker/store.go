@@ -273,8 +273,11 @@ func (s *Store) Release(identity string, u kbs.ResourceURI, judge func(Grounds) 
 		if err == nil {
 			err = json.Unmarshal(b, &g.Instance)
 		}
-		if err != nil { // %v: a missing instance is not a missing resource
-			return fmt.Errorf("instance: %v", err)
+		if errors.Is(err, errNotFound) { // must not pass for a missing resource
+			return fmt.Errorf("instance: %s was never attested", identity)
+		}
+		if err != nil {
+			return fmt.Errorf("instance: %w", err)
 		}
 		if b, err = s.get(tx, bucketRules, []byte(u.Path())); err == nil {
 			g.Rule, err = release.DecodeRuleJSON(b)
