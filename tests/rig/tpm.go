@@ -2,6 +2,7 @@ package rig
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -78,6 +79,11 @@ func (t *TPM) PowerOn(ctx context.Context) error {
 	if t.Process != nil {
 		t.Stop()
 	}
+	for _, socket := range []string{t.Socket, t.Socket + ".ctrl"} {
+		if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
 	// Without --terminate it survives its client's disconnection, as a TPM does.
 	p, err := t.rig.Start(filepath.Base(filepath.Dir(t.state)), nil, "swtpm", "socket", "--tpm2",
 		"--tpmstate", "dir="+t.state, "--server", "type=unixio,path="+t.Socket+",mode=0600",
@@ -87,8 +93,11 @@ func (t *TPM) PowerOn(ctx context.Context) error {
 	}
 	t.Process = p
 	return p.ready(ctx, readyWithin, func() error {
-		// The control socket: a connection to the other one would be the
-		// single client that swtpm serves at a time.
+		// Connect to the control socket: a connection to the other one would be
+		// the single client that swtpm serves at a time. It may come later.
+		if _, err := os.Stat(t.Socket); err != nil {
+			return err
+		}
 		c, err := net.Dial("unix", t.Socket+".ctrl")
 		if err == nil {
 			c.Close()
