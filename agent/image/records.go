@@ -174,7 +174,10 @@ func storageError(path string, err error) error {
 	if errors.As(err, &c) && c.Code != cause.StorageFull {
 		return err
 	}
-	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) && cause.Of(err) != cause.StorageFull {
+	if c != nil {
+		err = c.Err // said already
+	}
+	if c == nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		return cause.Wrap(cause.StorageFailed, err)
 	}
 	var s unix.Statfs_t
