@@ -62,7 +62,7 @@ var runCommands = map[string]command{
 	}},
 	"crash":   {"", 0, func(_ context.Context, w *world, _ *testscript.TestScript, _ []string) error { return w.agent.crash() }},
 	"refusal": {"PHASE CODE [REGEXP]", 2, refusal},
-	"residue": {"none", 1, residue},
+	"residue": {"none|everywhere", 1, residue},
 }
 
 // boot is a reboot of the guest with this seed: an initdata document (.toml),
@@ -259,71 +259,98 @@ func refusal(_ context.Context, w *world, _ *testscript.TestScript, args []strin
 	return nil
 }
 
-// residue looks for everything that a failed launch could leave: in podman's
-// view, in the files of its storage, and in the agent's own directories; and
-// for a container that has only ever existed.
+// residue looks for everything that a failed launch could leave. `residue
+// everywhere` is what shows, after a good launch, that each look would find it.
 func residue(ctx context.Context, w *world, _ *testscript.TestScript, args []string) error {
-	if args[0] != "none" {
-		return errors.New("usage: residue none")
+	for _, look := range []struct {
+		where string
+		find  func(context.Context, *world) ([]string, error)
+	}{
+		{"podman", func(ctx context.Context, w *world) ([]string, error) { return w.podman.Leftovers(ctx) }},
+		{"the storage's records", storageRecords},
+		{"the storage's directories", func(_ context.Context, w *world) ([]string, error) {
+			graph := w.podman.GraphRoot
+			return entries(filepath.Join(graph, "overlay"), filepath.Join(graph, "overlay", "l"), filepath.Join(graph, "overlay", "staging"),
+				filepath.Join(graph, "overlay", "tempdirs"), filepath.Join(graph, "overlay-layers"), filepath.Join(graph, "overlay-layers", "tmp"),
+				filepath.Join(graph, "overlay-images"), filepath.Join(graph, "overlay-images", "tmp"), filepath.Join(w.podman.Dir, "volumes"))
+		}},
+		{"the agent's records", func(_ context.Context, w *world) ([]string, error) {
+			return entries(filepath.Join(w.guest.StateDir, "images", "layers"), filepath.Join(w.guest.RunDir, "secrets"))
+		}},
+		{"the mounts", storageMounts},
+		{"podman's events", containerEvents},
+		{"the network", func(ctx context.Context, w *world) ([]string, error) {
+			if rig.Answers(ctx, w.port) {
+				return []string{"something answers on the workload's port"}, nil
+			}
+			return nil, nil
+		}},
+	} {
+		left, err := look.find(ctx, w)
+		switch {
+		case err != nil:
+			return fmt.Errorf("%s: %w", look.where, err)
+		case args[0] == "none" && len(left) > 0:
+			return fmt.Errorf("%s: left behind:\n%s", look.where, strings.Join(left, "\n"))
+		case args[0] == "everywhere" && len(left) == 0:
+			return fmt.Errorf("%s: a workload runs, and nothing of it is seen", look.where)
+		}
 	}
-	left, err := w.podman.Leftovers(ctx)
-	if err != nil {
-		return err
-	}
-	graph := w.podman.GraphRoot
+	return nil
+}
+
+func storageRecords(_ context.Context, w *world) (left []string, err error) {
 	for _, file := range []string{"overlay-layers/layers.json", "overlay-layers/volatile-layers.json", "overlay-images/images.json",
 		"overlay-containers/containers.json", "overlay-containers/volatile-containers.json"} {
-		data, err := os.ReadFile(filepath.Join(graph, file))
+		data, err := os.ReadFile(filepath.Join(w.podman.GraphRoot, file))
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
 		var records []json.RawMessage
 		if err = errors.Join(err, json.Unmarshal(data, &records)); err != nil {
-			return fmt.Errorf("%s: %w", file, err)
+			return nil, fmt.Errorf("%s: %w", file, err)
 		}
 		if len(records) > 0 {
 			left = append(left, fmt.Sprintf("%d records in %s", len(records), file))
 		}
 	}
-	for _, dir := range []string{filepath.Join(graph, "overlay"), filepath.Join(graph, "overlay", "l"), filepath.Join(graph, "overlay", "staging"),
-		filepath.Join(graph, "overlay", "tempdirs"), filepath.Join(graph, "overlay-layers", "tmp"), filepath.Join(graph, "overlay-images", "tmp"),
-		filepath.Join(graph, "overlay-layers"), filepath.Join(graph, "overlay-images"), filepath.Join(w.podman.Dir, "volumes"),
-		filepath.Join(w.guest.StateDir, "images", "layers"), filepath.Join(w.guest.RunDir, "secrets")} {
-		entries, err := os.ReadDir(dir)
+	return left, nil
+}
+
+// entries lists what is in directories, but for what an empty storage has.
+func entries(dirs ...string) (left []string, err error) {
+	for _, dir := range dirs {
+		all, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			return nil, err
 		}
-		for _, e := range entries {
+		for _, e := range all {
 			if !storageOwn[e.Name()] {
 				left = append(left, filepath.Join(dir, e.Name()))
 			}
 		}
 	}
-	mounts, err := rig.MountsUnder(filepath.Join(graph, "overlay"))
-	if err != nil {
-		return err
-	}
-	for _, m := range mounts {
-		if m != filepath.Join(graph, "overlay") { // podman makes its own a private mount
-			left = append(left, "mount "+m)
-		}
-	}
+	return left, nil
+}
+
+func storageMounts(_ context.Context, w *world) ([]string, error) {
+	own := filepath.Join(w.podman.GraphRoot, "overlay") // podman makes it a private mount
+	mounts, err := rig.MountsUnder(own)
+	return slices.DeleteFunc(mounts, func(m string) bool { return m == own }), err
+}
+
+// containerEvents finds containers that have ever existed.
+func containerEvents(_ context.Context, w *world) (left []string, err error) {
 	events, err := os.ReadFile(w.eventFile())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+		return nil, err
 	}
 	for line := range bytes.Lines(events[min(w.events, int64(len(events))):]) {
 		if bytes.Contains(line, []byte(`"Type":"container"`)) {
-			left = append(left, "podman's event "+string(bytes.TrimSpace(line)))
+			left = append(left, string(bytes.TrimSpace(line)))
 		}
 	}
-	if rig.Answers(ctx, w.port) {
-		left = append(left, "something answers on the workload's port")
-	}
-	if len(left) > 0 {
-		return fmt.Errorf("left behind:\n%s", strings.Join(left, "\n"))
-	}
-	return nil
+	return left, nil
 }
 
 // storageOwn are the entries that an empty storage has.

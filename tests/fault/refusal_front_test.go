@@ -8,20 +8,44 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // outlet is an address that can be taken away and given back. Taken away,
-// connections to it are refused, as those of a machine that is off.
+// connections to it are refused, as those to a machine where nothing listens;
+// nobody else gets the port meanwhile.
 type outlet struct {
 	host  string // 127.0.0.1:port
 	serve func(net.Listener) (stop func() error)
 
-	mu   sync.Mutex
-	stop func() error // nil while down
+	mu    sync.Mutex
+	bound int          // socket that holds the port while down
+	stop  func() error // nil while down
+}
+
+// bind makes a socket with the outlet's port, which does not listen.
+func (o *outlet) bind() (err error) {
+	if o.bound, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return err
+	}
+	if err = unix.SetsockoptInt(o.bound, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return err
+	}
+	at := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	if o.host != "" {
+		port, err := strconv.Atoi(strings.TrimPrefix(o.host, "127.0.0.1:"))
+		if err != nil {
+			return err
+		}
+		at.Port = port
+	}
+	return unix.Bind(o.bound, at)
 }
 
 func (o *outlet) up() error {
@@ -31,9 +55,16 @@ func (o *outlet) up() error {
 		return nil
 	}
 	if o.host == "" {
-		o.host = "127.0.0.1:0"
+		if err := o.bind(); err != nil {
+			return err
+		}
 	}
-	l, err := net.Listen("tcp", o.host)
+	if err := unix.Listen(o.bound, 128); err != nil {
+		return err
+	}
+	socket := os.NewFile(uintptr(o.bound), "outlet")
+	defer socket.Close()
+	l, err := net.FileListener(socket) // has a descriptor of its own
 	if err != nil {
 		return err
 	}
@@ -50,7 +81,7 @@ func (o *outlet) down() error {
 	}
 	err := o.stop()
 	o.stop = nil
-	return err
+	return errors.Join(err, o.bind())
 }
 
 // gate passes connections on to the broker.

@@ -14,8 +14,9 @@ import (
 func startIsolated(cmd *exec.Cmd, reachable ...string) error {
 	started := make(chan error)
 	go func() {
-		// The thread is in the other namespace for good: it is not given back
-		// to the scheduler but ends with this goroutine.
+		// The thread is in the other namespace for good and never given back to
+		// the scheduler. Nor may it end: what it has started earlier, a podman
+		// service say, gets a signal at its parent thread's death.
 		runtime.LockOSThread()
 		started <- func() error {
 			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -36,6 +37,7 @@ func startIsolated(cmd *exec.Cmd, reachable ...string) error {
 			}
 			return cmd.Start()
 		}()
+		select {}
 	}()
 	return <-started
 }

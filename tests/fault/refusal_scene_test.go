@@ -31,6 +31,7 @@ type scene struct {
 	kek      []byte           // wraps the keys of its layers
 	signers  map[string]dsse.Signer
 	free     chan *place
+	scripts  atomic.Int64 // that have begun
 }
 
 // place is what one script has for itself.
@@ -206,7 +207,8 @@ func (s *scene) setup(env *testscript.Env) (err error) {
 		}
 		s.free <- w.place
 	})
-	name := strings.TrimPrefix(filepath.Base(env.WorkDir), "script-")
+	// A number too, since go test -count runs a script again.
+	name := fmt.Sprintf("%s-%d", strings.TrimPrefix(filepath.Base(env.WorkDir), "script-"), s.scripts.Add(1))
 	owner, err := s.stage.Owner.Fingerprint()
 	if err != nil {
 		return err
