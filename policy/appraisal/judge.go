@@ -89,14 +89,20 @@ func judgePolicy(v *Verdict, f Facts, r release.Rule, marks func(string) uint64,
 		return
 	}
 	upgraded := f.Log.Running.Digest != f.Log.First.Digest
-	digest, err := launchPolicy(f.Launch.Initdata, *r.Policy, now)
+	launched, err := launchPolicy(f.Launch.Initdata, *r.Policy, now)
 	expected := fmt.Sprintf("signed by %d of the rule's signers, not expired", r.Policy.Need())
 	if err != nil {
 		v.Fail(CheckLaunchPolicy, expected, err.Error())
 		return
 	}
-	v.Pass(CheckLaunchPolicy, expected, digest)
-	v.Check(f.Log.First.Digest == digest, CheckFirstEvent, digest, f.Log.First.Digest)
+	v.Pass(CheckLaunchPolicy, expected, launched.Digest)
+	// Name and version are what marks and rules compare: they are the signed
+	// document's, not only what the log calls it.
+	signed := Set{Policy: launched.Policy.Name, Version: launched.Policy.Version, Digest: launched.Digest}
+	v.Check(f.Log.First.is(signed), CheckFirstEvent, signed.String(), f.Log.First.String())
+	if !upgraded {
+		v.Check(f.Log.Running.is(signed), CheckFirstEvent, signed.String(), f.Log.Running.String())
+	}
 	if upgraded {
 		v.Skip("running-policy-document", "", "after an upgrade the running document is not in the evidence; the log names its digest and signers")
 	}
@@ -146,15 +152,14 @@ func thereOrNot(there bool) string {
 	return "not in the evidence, or not accepted"
 }
 
-// launchPolicy opens the policy in the initdata under the rule's signers and
-// returns its digest.
-func launchPolicy(in *policy.Initdata, p release.PolicyRule, now time.Time) (string, error) {
+// launchPolicy opens the policy in the initdata under the rule's signers.
+func launchPolicy(in *policy.Initdata, p release.PolicyRule, now time.Time) (*policy.Verified, error) {
 	v, err := policy.OpenInitdata(in, policy.Trust{Fingerprints: p.Signers, Threshold: p.Need()}, now)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if !slices.Contains(p.Names, v.Policy.Name) {
-		return "", fmt.Errorf("policy %q, expected %s", v.Policy.Name, strings.Join(p.Names, ", "))
+		return nil, fmt.Errorf("policy %q, expected %s", v.Policy.Name, strings.Join(p.Names, ", "))
 	}
-	return v.Digest, nil
+	return v, nil
 }

@@ -2,6 +2,7 @@ package appraisal
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"time"
 
@@ -85,3 +86,11 @@ type Set struct {
 	Signers []string `json:"signers"`
 	Images  []string `json:"images,omitempty"` // repository@sha256:…
 }
+
+// is compares what names a policy.
+func (s Set) is(o Set) bool {
+	return s.Policy == o.Policy && s.Version == o.Version && s.Digest == o.Digest
+}
+
+// String names the policy.
+func (s Set) String() string { return fmt.Sprintf("%s version %d %s", s.Policy, s.Version, s.Digest) }
