@@ -245,8 +245,12 @@ func refusal(_ context.Context, w *world, _ *testscript.TestScript, args []strin
 		return fmt.Errorf("expected phase %s with cause %s, got %q", args[0], args[1], lines[0])
 	}
 	if len(args) > 2 {
-		if ok, err := regexp.MatchString(args[2], parts[3]); err != nil || !ok {
-			return fmt.Errorf("expected a text like %q, got %q (%v)", args[2], parts[3], err)
+		ok, err := regexp.MatchString(args[2], parts[3])
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return fmt.Errorf("expected a text like %q, got %q", args[2], parts[3])
 		}
 	}
 	at := slices.IndexFunc(cause.Table, func(r cause.Row) bool { return string(r.Code) == parts[2] })

@@ -164,7 +164,7 @@ func copyImage(ctx context.Context, w *world, ts *testscript.TestScript, args []
 // podman, pushes the result and sets VARIABLE to REPOSITORY@DIGEST.
 func build(ctx context.Context, w *world, ts *testscript.TestScript, args []string) error {
 	tag, digests := args[1]+":built", ts.MkAbs("digest")
-	if _, err := w.stage.Builder.Command(ctx, "build", "--quiet", "--build-arg", "BASE="+w.scene.app.Digest, "--tls-verify=false", "--tag", tag, ts.MkAbs(args[0])); err != nil {
+	if _, err := w.stage.Builder.Command(ctx, "build", "--quiet", "--build-arg", "BASE="+w.app.Digest, "--tls-verify=false", "--tag", tag, ts.MkAbs(args[0])); err != nil {
 		return err
 	}
 	if _, err := w.stage.Builder.Command(ctx, "push", "--quiet", "--tls-verify=false", "--digestfile", digests, tag); err != nil {
