@@ -93,7 +93,7 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	if name == "" {
 		name = filepath.Base(root)
 	}
-	src, err := directorysource.New(directorysource.Config{
+	dir, err := directorysource.New(directorysource.Config{
 		Path:  root,
 		Base:  root,
 		Alias: source.Alias{Name: name, Version: o.Version},
@@ -101,7 +101,8 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer src.Close()
+	defer dir.Close()
+	src := &listing{Source: dir, root: root}
 	// The source keeps the index of the root (file types by content) for
 	// CreateSBOM.
 	_, err = src.FileResolver(cfg.Search.Scope)
