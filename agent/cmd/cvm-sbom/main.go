@@ -35,6 +35,9 @@ const (
 const usage = `usage:
   cvm-sbom scan --root DIR [flags]   write the SPDX 2.3 JSON document of DIR
   cvm-sbom version                   print the versions of this program and of the scanner
+
+The flags of scan: cvm-sbom scan --help. Exit status: 0 done, 1 the root cannot
+be scanned, 2 usage, 3 a limit given by flag is exceeded.
 `
 
 // version is set by the linker (-X main.version=…).
@@ -68,11 +71,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			fmt.Fprintf(stderr, "cvm-sbom: %v\n", err)
 			return exitFailed
 		}
-	case "version":
+	case "version", "--version":
 		fmt.Fprintf(stdout, "cvm-sbom %s (syft %s)\n", version, scan.ScannerVersion())
 		return exitOK
+	case "help", "-h", "--help":
+		fmt.Fprint(stdout, usage)
+		return exitOK
 	default:
-		fmt.Fprint(stderr, usage)
+		fmt.Fprintf(stderr, "cvm-sbom: usage: unknown command %q, see cvm-sbom help\n", args[0])
 		return exitUsage
 	}
 }
@@ -81,7 +87,7 @@ var errUsage = errors.New("usage")
 
 func runScan(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	fs := flag.NewFlagSet("cvm-sbom scan", flag.ContinueOnError)
-	fs.SetOutput(stderr)
+	fs.SetOutput(io.Discard)
 	var opts scan.Options
 	var output string
 	fs.StringVar(&opts.Root, "root", "", "`directory` that holds the image's root")
@@ -97,9 +103,11 @@ func runScan(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	profile := fs.String("profile", "", "write a CPU profile to this `file`")
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
+			fs.SetOutput(stdout)
+			fs.Usage()
 			return err
 		}
-		return fmt.Errorf("%w: %v", errUsage, err)
+		return fmt.Errorf("%w: %v, see cvm-sbom scan --help", errUsage, err)
 	}
 	if fs.NArg() != 0 || opts.Root == "" || opts.MaxFiles <= 0 || opts.MaxBytes <= 0 {
 		return fmt.Errorf("%w: scan needs --root, positive limits and no arguments", errUsage)

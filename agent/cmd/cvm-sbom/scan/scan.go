@@ -66,6 +66,10 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	go func() {
 		ctx, err := syft.SetContextLicenseScanner(ctx, cfg.Licenses)
 		scanner <- scanContext{ctx, err}
+		if o.FileDigests == "-" {
+			// Time to tidy up what building it has left, before the image is there.
+			debug.FreeOSMemory()
+		}
 	}()
 
 	known, err := loadDigests(o.FileDigests)
