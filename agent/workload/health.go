@@ -23,6 +23,7 @@ import (
 // Defaults of a health check (see policy.HealthCheck).
 const (
 	defaultInterval = time.Second
+	firstRetry      = 20 * time.Millisecond // doubles up to the interval
 	defaultTimeout  = 5 * time.Second
 	DefaultDeadline = 60 * time.Second // until the first success
 	DefaultRetries  = 3
@@ -44,6 +45,13 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
 	var last error
+	// A program is often up a moment after its start: the first tries come
+	// quickly, so that nobody waits a whole interval for it.
+	interval := check.Interval.Or(defaultInterval)
+	wait := interval
+	if c.Run.HealthCheck != nil {
+		wait = min(firstRetry, interval)
+	}
 	for first := true; ; first = false {
 		if !first || c.Run.HealthCheck == nil {
 			select {
@@ -52,8 +60,9 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 					return cause.New(cause.Cancelled, "waiting for %s to become healthy: %w", c.Workload, ctx.Err())
 				}
 				return cause.New(cause.WorkloadUnhealthy, "%s did not become healthy within %s: %v", c.Workload, deadline, last)
-			case <-time.After(check.Interval.Or(defaultInterval)):
+			case <-time.After(wait):
 			}
+			wait = min(2*wait, interval)
 		}
 		err := p.Probe(ctx, id, c)
 		if err == nil {
