@@ -1,8 +1,8 @@
 package signature
 
 import (
+	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -164,7 +164,10 @@ func (s Source) sbomBy(ctx context.Context, co *cosign.CheckOpts) ([]byte, error
 // parse as {"Data": "…"}.
 func predicate(st *statement) ([]byte, error) {
 	var wrapped struct{ Data, Timestamp string }
-	if bounded.DecodeJSON(st.Predicate, &wrapped, bounded.Limits{Bytes: maxStatement, Nodes: 16}) == nil && wrapped.Data != "" {
+	// Its first member tells; the tens of megabytes of an SBOM need no third look.
+	member, _, _ := bytes.Cut(st.Predicate[:min(len(st.Predicate), 64)], []byte(":"))
+	member = bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(member), []byte("{")))
+	if (string(member) == `"Data"` || string(member) == `"Timestamp"`) && bounded.DecodeJSON(st.Predicate, &wrapped, bounded.Limits{Bytes: maxStatement, Nodes: 16}) == nil && wrapped.Data != "" {
 		return []byte(wrapped.Data), nil
 	}
 	if len(st.Predicate) == 0 || st.Predicate[0] != '{' {
@@ -214,7 +217,7 @@ func (s Source) legacyAttestation(ctx context.Context, co *cosign.CheckOpts) (f 
 func envelopeStatement(raw []byte) (*statement, error) {
 	var env struct {
 		PayloadType string          `json:"payloadType"`
-		Payload     string          `json:"payload"`
+		Payload     []byte          `json:"payload"` // standard base64 in the text
 		Signatures  json.RawMessage `json:"signatures"`
 	}
 	if err := bounded.DecodeJSON(raw, &env, bounded.Limits{Bytes: 2 * maxStatement, Nodes: 1024}); err != nil {
@@ -223,9 +226,5 @@ func envelopeStatement(raw []byte) (*statement, error) {
 	if env.PayloadType != inTotoType {
 		return nil, fmt.Errorf("attestation has payload type %.60q", env.PayloadType)
 	}
-	data, err := base64.StdEncoding.DecodeString(env.Payload)
-	if err != nil {
-		return nil, fmt.Errorf("attestation payload: %w", err)
-	}
-	return parseStatement(data)
+	return parseStatement(env.Payload)
 }
