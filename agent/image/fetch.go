@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -50,6 +52,13 @@ func (i *Image) Fetch(ctx context.Context, unwrap Unwrap, progress func(Progress
 	for n, d := range i.manifest.Layers {
 		f.layers = append(f.layers, &layer{n: n, id: ids[n], diffID: i.diffIDs[n], desc: d})
 	}
+	// Images that share a layer share their first one. They are fetched one
+	// after the other: what one is about to publish is no stranger's to drop.
+	unlock, err := i.c.bases.lock(ctx, ids[0])
+	if err != nil {
+		return nil, cause.Wrap(cause.DeadlineExceeded, fmt.Errorf("waiting for another image with the same base: %w", err))
+	}
+	defer unlock() // after cleanUp
 	defer func() {
 		f.cleanUp(err != nil)
 	}()
@@ -147,6 +156,13 @@ func (f *fetch) dropUnknown(ids []string) error {
 func (f *fetch) bring(ctx context.Context, l *layer) error {
 	if l.cached {
 		f.tell(l, 0, true)
+		parent := ""
+		if l.n > 0 {
+			parent = f.layers[l.n-1].id
+		}
+		if known, err := f.c.store.Layer(l.id); err != nil || known.Parent != parent {
+			return cause.New(cause.CacheTampered, "layer %s in storage does not lie on %q", l.id, parent)
+		}
 		err := f.c.verifyLayer(ctx, l.id, f.unpackLimits())
 		f.tell(l, l.desc.Size, true)
 		return err
@@ -237,19 +253,19 @@ func (c *countReader) Read(p []byte) (int, error) {
 
 // checkTotals holds the sums over all layers against the policy's limits.
 func (f *fetch) checkTotals() error {
-	files, bytes := 0, int64(0)
+	files, size := 0, int64(0)
 	for _, l := range f.layers {
 		if l.result != nil {
-			files, bytes = files+l.result.Files, bytes+l.result.Bytes
+			files, size = files+l.result.Files, size+l.result.Bytes
 		} else if rec := f.c.records.load(l.id); rec != nil {
-			files, bytes = files+rec.Files, bytes+rec.Bytes
+			files, size = files+rec.Files, size+rec.Bytes
 		}
 	}
 	if files > f.i.limits.MaxFiles {
 		return cause.New(cause.ImageLimits, "the image has %d files, the limit is %d", files, f.i.limits.MaxFiles)
 	}
-	if uint64(bytes) > f.i.limits.MaxBytes {
-		return cause.New(cause.ImageLimits, "the image unpacks to %d bytes, the limit is %d", bytes, f.i.limits.MaxBytes)
+	if uint64(size) > f.i.limits.MaxBytes {
+		return cause.New(cause.ImageLimits, "the image unpacks to %d bytes, the limit is %d", size, f.i.limits.MaxBytes)
 	}
 	return nil
 }
@@ -324,8 +340,8 @@ func (f *fetch) cleanUp(failed bool) {
 // signed manifest is kept beside it under its digest.
 func (c *Client) createImage(i *Image, layers []*layer) error {
 	raw, rawDigest := i.raw, i.digest
-	if i.Encrypted() {
-		m := ocispec.Manifest{Versioned: i.manifest.Versioned, MediaType: ocispec.MediaTypeImageManifest, Config: i.manifest.Config, Annotations: i.manifest.Annotations}
+	if given := annotations(i.manifest.Annotations); i.Encrypted() || len(given) < len(i.manifest.Annotations) {
+		m := ocispec.Manifest{Versioned: i.manifest.Versioned, MediaType: ocispec.MediaTypeImageManifest, Config: i.manifest.Config, Annotations: given}
 		for _, l := range layers {
 			size := int64(0)
 			if l.result != nil {
@@ -370,7 +386,7 @@ func (c *Client) createImage(i *Image, layers []*layer) error {
 	if errors.Is(err, storage.ErrDuplicateID) {
 		img, gerr := c.store.Image(i.ImageID())
 		if gerr == nil && img.TopLayer == layers[len(layers)-1].id {
-			return c.checkConfig(i)
+			return c.checkRecord(i, raw)
 		}
 	}
 	if err != nil {
@@ -379,12 +395,38 @@ func (c *Client) createImage(i *Image, layers []*layer) error {
 	return nil
 }
 
-// checkConfig compares the configuration of an image that is already there
-// with the signed one: podman takes command and environment from it.
-func (c *Client) checkConfig(i *Image) error {
+// checkRecord compares the configuration of an image that is already there with
+// the signed one, and puts manifest in the place of whatever names another:
+// podman takes command, environment and annotations from these.
+func (c *Client) checkRecord(i *Image, manifest []byte) error {
 	b, err := c.store.ImageBigData(i.ImageID(), i.manifest.Config.Digest.String())
 	if err != nil || digest.FromBytes(b) != i.manifest.Config.Digest {
 		return cause.New(cause.CacheTampered, "the configuration of image %s in storage is not the signed one", i.ImageID())
 	}
+	b, err = c.store.ImageBigData(i.ImageID(), storage.ImageDigestBigDataKey)
+	if err == nil && bytes.Equal(b, manifest) {
+		return nil
+	}
+	sum := func(b []byte) (digest.Digest, error) { return digest.FromBytes(b), nil }
+	if err := c.store.SetImageBigData(i.ImageID(), storage.ImageDigestBigDataKey, manifest, sum); err != nil {
+		return fmt.Errorf("putting the image's manifest right: %w", err)
+	}
 	return nil
+}
+
+// annotations returns those that describe. Podman before version 5 hands an
+// image's annotations to the OCI runtime, where others are orders: a
+// org.systemd.property.DeviceAllow opens a device.
+func annotations(all map[string]string) map[string]string {
+	var out map[string]string
+	for k, v := range all {
+		if !strings.HasPrefix(k, "org.opencontainers.image.") {
+			continue
+		}
+		if out == nil {
+			out = map[string]string{}
+		}
+		out[k] = v
+	}
+	return out
 }

@@ -66,6 +66,7 @@ type Client struct {
 	store   storage.Store
 	owned   bool
 	records records
+	bases   keyed // images under way, by their first layer
 }
 
 // Reexec must be called first in main: see package unpack.

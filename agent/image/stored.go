@@ -203,9 +203,18 @@ func (c *Client) PruneUncommitted(ctx context.Context) error {
 	for again := true; again && ctx.Err() == nil; { // children before parents
 		again = false
 		for _, e := range known {
-			id, isRecord := strings.CutSuffix(e.Name(), ".json")
+			// A table without its record is of a layer that a kill left between
+			// its publication and its record; other names are cut-off spools.
+			id, known := strings.CutSuffix(e.Name(), ".json")
+			if !known {
+				id, known = strings.CutSuffix(e.Name(), ".table")
+			}
+			if !known {
+				_ = os.Remove(filepath.Join(c.records.dir, e.Name()))
+				continue
+			}
 			_, there := parents[id]
-			if !isRecord || tops[id] {
+			if tops[id] {
 				continue
 			}
 			if there {
