@@ -236,6 +236,30 @@ func TestLesson20_WaitsForRegistryAndBroker(t *testing.T) {
 	}
 }
 
+// A deadline that falls into a try, not into the pause after it, changes nothing
+// about the cause: who was waited for. A verdict in that moment stays one.
+func TestADeadlineDoesNotHideWhoWasWaitedFor(t *testing.T) {
+	for _, tc := range []struct{ last, want cause.Code }{
+		{cause.DeadlineExceeded, cause.PodmanUnavailable},
+		{cause.WorkloadStart, cause.WorkloadStart},
+	} {
+		a, _ := newTestAgent(t, newWorld(), t.TempDir())
+		s, tries := a.sequence(t.Context(), "launch"), 0
+		s.run("start", time.Second, func(ctx context.Context, st *step) error {
+			return a.retry(ctx, st, func(ctx context.Context) error {
+				if tries++; tries == 1 {
+					return cause.New(cause.PodmanUnavailable, "connection refused")
+				}
+				<-ctx.Done()
+				return cause.New(tc.last, "in the last moment")
+			})
+		})
+		if got := cause.Of(s.failed()); got != tc.want {
+			t.Errorf("%s after %d tries: the cause is %s, expected %s", tc.last, tries, got, tc.want)
+		}
+	}
+}
+
 // A refusal is not a blip: it is never asked again.
 func TestRefusalsAreNotRepeated(t *testing.T) {
 	w := newWorld()

@@ -149,12 +149,19 @@ func (a *Agent) retry(ctx context.Context, st *step, do func(ctx context.Context
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval = a.retryFirst
 	b.MaxInterval = 15 * time.Second
+	var down error // why the last try failed
 	for {
 		err := do(ctx)
 		who, outside := unavailable(err)
+		if down != nil && ctx.Err() != nil && cutShort(err) {
+			// Where in a try the deadline fell is chance: what was waited for
+			// all the while is the cause.
+			return down
+		}
 		if !outside || ctx.Err() != nil {
 			return err
 		}
+		down = err
 		next := b.NextBackOff()
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < next {
 			return err
@@ -166,6 +173,12 @@ func (a *Agent) retry(ctx context.Context, st *step, do func(ctx context.Context
 		case <-time.After(next):
 		}
 	}
+}
+
+// cutShort says whether err is only that the time was over.
+func cutShort(err error) bool {
+	code := cause.Of(err)
+	return code == cause.DeadlineExceeded || code == cause.Internal && errors.Is(err, context.DeadlineExceeded)
 }
 
 func unavailable(err error) (who string, ok bool) {
