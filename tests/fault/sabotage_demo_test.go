@@ -176,7 +176,7 @@ func (d *sabotagedDemo) output() string {
 	return d.out.String()
 }
 
-// signal sends a signal to a part.
+// signal sends a signal to a part; 0 asks whether it is there.
 func (d *sabotagedDemo) signal(part string, s syscall.Signal) error {
 	d.mu.Lock()
 	pid := d.pids[part]
@@ -190,7 +190,7 @@ func (d *sabotagedDemo) signal(part string, s syscall.Signal) error {
 // waitFor waits until the demo has said, after the line that begins with from,
 // one that holds all the words.
 func (d *sabotagedDemo) waitFor(ctx context.Context, from string, words ...string) error {
-	return rig.Eventually(ctx, 30*time.Second, func() error {
+	return rig.Eventually(ctx, time.Minute, func() error {
 		_, out, _ := strings.Cut(d.output(), "\n"+from)
 		for line := range strings.Lines(out) {
 			if sabotageHolds(line, words) {

@@ -29,8 +29,9 @@ import (
 	"github.com/cc-runtime/cvm-agent/tests/rig"
 )
 
-// sabotageWithin bounds one run of the demo: it takes half a minute undisturbed.
-const sabotageWithin = 3 * time.Minute
+// sabotageWithin bounds one run of the demo: it takes half a minute undisturbed
+// on an idle machine.
+const sabotageWithin = 5 * time.Minute
 
 // Where the guest's agent (not that of a launch that the demo wants refused)
 // starts, and where an order is given to it.
@@ -64,7 +65,7 @@ var sabotages = []sabotage{
 	{
 		name: "the broker has ended before the launch",
 		points: []checkpoint{
-			shorten("broker: 30s", "broker: 3s"),
+			deadline("broker: 30s", "broker: 5s"),
 			{"cvm-agent", atLaunch, func(_ context.Context, d *sabotagedDemo) error { return d.signal("broker", syscall.SIGKILL) }},
 		},
 		step: "launch",
@@ -73,21 +74,20 @@ var sabotages = []sabotage{
 	{
 		name: "the broker does not answer any more",
 		points: []checkpoint{
-			shorten("broker: 30s", "broker: 3s"),
-			{"cvm-agent", atLaunch, func(_ context.Context, d *sabotagedDemo) error {
-				// It has to go on for the demo to end it the usual way.
-				time.AfterFunc(8*time.Second, func() { _ = d.signal("broker", syscall.SIGCONT) })
-				return d.signal("broker", syscall.SIGSTOP)
-			}},
+			deadline("broker: 30s", "broker: 5s"),
+			{"cvm-agent", atLaunch, freezeBroker},
 		},
 		step: "launch",
 		says: []string{"cvm-agent: attest: broker-unavailable: "},
 	},
 	{
-		name:   "an upgrade never gets healthy, and the old version is gone",
-		points: []checkpoint{{"cvm-agent", atOrder + `demo-3.dsse.json\ *`, removeOldVersion}},
-		step:   "rollback",
-		says:   []string{"cvm-agent: rollback-failed: ", "healthy/web: workload-unhealthy: ", "so did going back (start/web: "},
+		name: "an upgrade never gets healthy, and the old version is gone",
+		points: []checkpoint{
+			deadline("deadline: 6s", "deadline: 15s"), // time for the removal on a busy machine
+			{"cvm-agent", atOrder + `demo-3.dsse.json\ *`, removeOldVersion},
+		},
+		step: "rollback",
+		says: []string{"cvm-agent: rollback-failed: ", "healthy/web: workload-unhealthy: ", "so did going back (start/web: "},
 	},
 	{
 		name:   "cvm-sbom lies about a file",
@@ -98,7 +98,7 @@ var sabotages = []sabotage{
 	{
 		name: "podman is killed while it starts a container",
 		points: []checkpoint{
-			shorten("start: 1m", "start: 5s"),
+			deadline("start: 1m", "start: 5s"),
 			{"runc", `start\ *|*\ start\ *`, func(_ context.Context, d *sabotagedDemo) error { return d.signal("guest", syscall.SIGKILL) }},
 		},
 		step: "launch",
@@ -194,11 +194,27 @@ func runSabotaged(t *testing.T, demo string, points []checkpoint) (status int, d
 	return status, d
 }
 
-// shorten makes one deadline of the policy shorter before it is published.
-func shorten(from, to string) checkpoint {
+// deadline changes one deadline of the policy before it is published.
+func deadline(from, to string) checkpoint {
 	return checkpoint{"cvmctl", `publish\ *demo-template.yaml*`, func(_ context.Context, d *sabotagedDemo) error {
 		return rig.Edit(filepath.Join(d.work, "policy", "demo-template.yaml"), filepath.Join(d.work, "policy", "demo-template.yaml"), map[string]string{from: to})
 	}}
+}
+
+// freezeBroker stops the broker in its tracks: connections are taken, and
+// nothing answers. Once the agent has ended it goes on, for the demo to end it
+// the usual way.
+func freezeBroker(ctx context.Context, d *sabotagedDemo) error {
+	go func() {
+		err := d.waitFor(ctx, "step: launch: ", "agent: started, pid ")
+		for err == nil && d.signal("agent", 0) == nil && ctx.Err() == nil {
+			time.Sleep(50 * time.Millisecond)
+		}
+		if err = errors.Join(err, d.signal("broker", syscall.SIGCONT)); err != nil {
+			d.failed(err)
+		}
+	}()
+	return d.signal("broker", syscall.SIGSTOP)
 }
 
 // otherRoot puts another authority's root where the broker reads the roots of
@@ -253,7 +269,7 @@ func tamperLayer(_ context.Context, d *sabotagedDemo) error {
 
 // removeOldVersion has the stopped containers of the old version, and the image
 // that only it uses, removed as soon as the new version is started. The order
-// goes on meanwhile: the sick one has six seconds to get healthy.
+// goes on meanwhile: the sick one has a while to get healthy.
 func removeOldVersion(ctx context.Context, d *sabotagedDemo) error {
 	old, err := d.podman(ctx, "ps", "--no-trunc", "--format", "{{.ImageID}} {{.Names}}")
 	if err != nil {
