@@ -25,6 +25,17 @@ const (
 	ExitMalformed   = 30 // input that cannot be decoded
 )
 
+// ExitHelp is the table of exit statuses for the help text of every program.
+const ExitHelp = `Exit status:
+  0   done
+  1   a defect or an unexpected system error
+  2   bad flags, arguments or configuration file
+  10  a check said no: nothing was run, nothing was released
+  20  something outside did not answer before the deadline
+  21  storage full or unusable
+  22  the verified workload did not start or did not become healthy
+  30  input that cannot be decoded`
+
 // Error couples a failure with its cause code. The text of Err is the one line
 // that a person reads; it holds no secret.
 type Error struct {

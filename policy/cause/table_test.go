@@ -94,3 +94,17 @@ func TestErrors(t *testing.T) {
 		})
 	}
 }
+
+// The help text of the programs and the README say the same about statuses.
+func TestExitHelp(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(ExitHelp, "\n")[1:] {
+		status, text, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if row := fmt.Sprintf("| %s | %s |\n", status, strings.TrimSpace(text)); !strings.Contains(string(readme), row) {
+			t.Errorf("README.md has no row %q", row)
+		}
+	}
+}

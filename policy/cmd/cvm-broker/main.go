@@ -17,6 +17,9 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
+// version is set by the linker.
+var version = ""
+
 func main() { os.Exit(run()) }
 
 // run is main without os.Exit, so that tests can call it.
@@ -34,10 +37,14 @@ func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "cvm-broker",
 		Short:         "Release keys to confidential VMs that prove what they run",
+		Long:          "cvm-broker releases keys to confidential VMs that prove what they run. cvmctl broker administers it.\n\n" + cause.ExitHelp,
+		Version:       programVersion(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		Args:          noArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) })
 	root.AddCommand(initCommand(), serveCommand(), versionCommand())
 	return root
@@ -49,12 +56,19 @@ func initCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "init --dir DIR --host NAME",
 		Short: "Make keys, certificates, an admin token and a configuration",
-		Args:  noArgs,
+		Example: "  cvm-broker init --dir /etc/cvm-broker --host broker.example --listen :8443 --ek-root vendor=ek-roots.pem\n" +
+			"  cvm-broker serve --config /etc/cvm-broker/config.yaml",
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			for _, s := range roots {
 				r, err := broker.ParseRootFlag(s)
 				if err != nil {
 					return err
+				}
+				for _, p := range r.Paths {
+					if _, err := os.Stat(p); err != nil {
+						return cause.New(cause.Usage, "--ek-root %s: %w", r.Name, err)
+					}
 				}
 				o.EKRoots = append(o.EKRoots, r)
 			}
@@ -83,14 +97,17 @@ func serveCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "serve --config FILE",
 		Short: "Serve the KBS protocol until SIGTERM",
-		Args:  noArgs,
+		Long: "Serve the KBS protocol and its admin side until SIGTERM. Standard output says the address once it is\n" +
+			"listened on, standard error is the log; what was asked and answered is in the audit log.",
+		Example: "  cvm-broker serve --config /etc/cvm-broker/config.yaml",
+		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if path == "" {
 				return cause.New(cause.Usage, "--config is missing")
 			}
 			var l slog.Level
 			if err := l.UnmarshalText([]byte(level)); err != nil {
-				return cause.Wrap(cause.Usage, err)
+				return cause.New(cause.Usage, "--log-level is %q, expected debug, info, warn or error", level)
 			}
 			config, err := broker.LoadConfig(path)
 			if err != nil {
@@ -110,16 +127,23 @@ func versionCommand() *cobra.Command {
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArgs,
-		Run: func(cmd *cobra.Command, _ []string) {
-			version := "unknown"
-			if info, ok := debug.ReadBuildInfo(); ok {
-				version = info.Main.Version
-			}
-			fmt.Fprintln(cmd.OutOrStdout(), version)
-		},
+		Run:   func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), programVersion()) },
 	}
 }
 
+func programVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
 func noArgs(cmd *cobra.Command, args []string) error {
-	return cause.Wrap(cause.Usage, cobra.NoArgs(cmd, args))
+	if err := cobra.NoArgs(cmd, args); err != nil {
+		return cause.New(cause.Usage, "%w, see `%s --help`", err, cmd.CommandPath())
+	}
+	return nil
 }
