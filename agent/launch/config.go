@@ -75,6 +75,10 @@ func ReadConfig(path string) (Config, error) {
 	}
 	c, err := DecodeConfig(data)
 	if err != nil {
+		var e *cause.Error
+		if errors.As(err, &e) {
+			err = e.Err // its code is said once, before the path
+		}
 		return Config{}, cause.New(cause.Config, "%s: %w", path, err)
 	}
 	return c, nil
@@ -85,7 +89,7 @@ func DecodeConfig(data []byte) (Config, error) {
 	c := DefaultConfig()
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
 	if err := dec.Decode(&c); err != nil {
-		return Config{}, errors.New(oneLine(err.Error()))
+		return Config{}, errors.New(oneLine(yaml.FormatError(err, false, false)))
 	}
 	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("expected one document")

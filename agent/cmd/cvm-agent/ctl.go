@@ -32,8 +32,15 @@ func ctlCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ctl",
 		Short: "Ask or order the agent of this guest",
-		Args:  usageArgs(cobra.NoArgs),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Long: "Ask or order the agent of this guest through its control socket. Orders need root, or the socket's group;\n" +
+			"their exit status is the outcome's, see `cvm-agent --help`.",
+		Example: "  cvm-agent ctl status --output json\n" +
+			"  cvm-agent ctl events --follow\n" +
+			"  cvm-agent ctl upgrade policy.dsse.json",
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return cause.New(cause.Usage, "%s needs a command, see `%s --help`", cmd.CommandPath(), cmd.CommandPath())
+		},
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if c.output != "text" && c.output != "json" {
 				return cause.New(cause.Usage, "--output is %q, expected text or json", c.output)

@@ -46,13 +46,18 @@ func command() *cobra.Command {
 		Use:   "cvm-agent",
 		Short: "Launch, upgrade and destroy verified containers in a confidential VM",
 		Long: "cvm-agent runs inside a confidential VM. It verifies a signed launch policy, attests the VM to a key\n" +
-			"broker, verifies, decrypts and runs the policy's containers, and takes upgrade and destroy orders.",
+			"broker, verifies, decrypts and runs the policy's containers, and takes upgrade and destroy orders.\n\n" +
+			cause.ExitHelp,
+		Version:       programVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cause.New(cause.Usage, "%w", err) })
+	root.SetVersionTemplate("{{.Version}}\n")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return cause.New(cause.Usage, "%w, see `%s --help`", err, c.CommandPath())
+	})
 	root.AddCommand(runCommand(), ctlCommand(), &cobra.Command{
 		Use: "version", Short: "Print the program's version", Args: usageArgs(cobra.NoArgs),
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), programVersion()) },
