@@ -35,22 +35,40 @@ func Command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "broker",
 		Short: "Manage a key broker's resources, release rules and version marks",
+		Long: "Manage a key broker's resources, release rules and version marks. Every command but audit needs --url,\n" +
+			"--ca and --token-file; `cvm-broker init` writes the files for the last two.",
+		Example: "  cvmctl broker resource list --url https://broker.example:8443 --ca ca.pem --token-file admin.token\n" +
+			"  cvmctl broker rule set kbs:///default/key/app --file rule.yaml --url … --ca … --token-file …\n" +
+			"  cvmctl broker mark set payments 7 --url … --ca … --token-file …\n" +
+			"  cvmctl broker audit verify audit.ndjson",
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			// Before anything is done: a changing command prints only after.
+			if o.output != "text" && o.output != "json" {
+				return cause.New(cause.Usage, "--output is %q, expected text or json", o.output)
+			}
+			return nil
+		},
 	}
 	f := c.PersistentFlags()
-	f.StringVar(&o.url, "url", "", "broker, https://host[:port]")
-	f.StringVar(&o.ca, "ca", "", "PEM file with the only TLS roots to trust")
-	f.StringVar(&o.tokenFile, "token-file", "", "file with the admin token, readable by its owner alone")
-	f.StringVar(&o.output, "output", "text", "text or json")
+	f.StringVar(&o.url, "url", "", "`URL` of the broker, https://host[:port]")
+	f.StringVar(&o.ca, "ca", "", "PEM `FILE` with the only TLS roots to trust")
+	f.StringVar(&o.tokenFile, "token-file", "", "`FILE` with the admin token, readable by its owner alone")
+	f.StringVar(&o.output, "output", "text", "`FORMAT` of the output: text or json")
+	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	c.AddCommand(o.resource(), o.rule(), o.mark(), o.audit())
 	return c
 }
 
 // client reads the flags that reach the broker.
 func (o *options) client() (*adminclient.Client, error) {
-	for name, v := range map[string]string{"--url": o.url, "--ca": o.ca, "--token-file": o.tokenFile} {
-		if v == "" {
-			return nil, cause.New(cause.Usage, "%s is missing", name)
+	var missing []string
+	for _, f := range []struct{ name, value string }{{"--url", o.url}, {"--ca", o.ca}, {"--token-file", o.tokenFile}} {
+		if f.value == "" {
+			missing = append(missing, f.name)
 		}
+	}
+	if len(missing) > 0 {
+		return nil, cause.New(cause.Usage, "missing: %s", strings.Join(missing, ", "))
 	}
 	if st, err := os.Stat(o.tokenFile); err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
@@ -71,16 +89,13 @@ func (o *options) client() (*adminclient.Client, error) {
 
 // print writes v as JSON, or text as it is.
 func (o *options) print(cmd *cobra.Command, v any, text string) error {
-	switch o.output {
-	case "json":
+	if o.output == "json" {
 		e := json.NewEncoder(cmd.OutOrStdout())
 		e.SetIndent("", "  ")
 		return e.Encode(v)
-	case "text":
-		_, err := fmt.Fprintln(cmd.OutOrStdout(), strings.TrimRight(text, "\n"))
-		return err
 	}
-	return cause.New(cause.Usage, "--output %q is neither text nor json", o.output)
+	_, err := fmt.Fprintln(cmd.OutOrStdout(), strings.TrimRight(text, "\n"))
+	return err
 }
 
 // args checks the number of arguments with the usage exit status.

@@ -57,7 +57,7 @@ func exactArgs(n int, what string) cobra.PositionalArgs {
 
 // outputFlag adds --output and returns where its value goes.
 func outputFlag(c *cobra.Command) *string {
-	format := c.Flags().String("output", "text", "`text or json`")
+	format := c.Flags().String("output", "text", "`FORMAT` of the output: text or json")
 	c.PreRunE = func(*cobra.Command, []string) error {
 		if *format != "text" && *format != "json" {
 			return cause.New(cause.Usage, "--output is %q, expected text or json", *format)

@@ -58,7 +58,7 @@ func Command() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:     "publish [CONTEXT|--image REF] --to REPOSITORY[:TAG] --key FILE",
-		Short:   "build, describe, encrypt, push, sign, attest and check an image",
+		Short:   "Build, describe, encrypt, push, sign, attest and check an image",
 		Long:    long,
 		Example: example,
 		Args:    cobra.MaximumNArgs(1),
@@ -145,7 +145,13 @@ func Command() *cobra.Command {
 
 	f.StringVar(&o.TempDir, "tmpdir", "", "where the plain image is worked on, in a 0700 directory (default: TMPDIR)")
 	f.StringVar(&progress, "progress", "auto", "auto, bars, lines or none")
-	f.StringVar(&output, "output", "text", "text or json")
+	f.StringVar(&output, "output", "text", "`FORMAT` of the output: text or json")
+	for name, values := range map[string][]string{
+		"output": {"text", "json"}, "progress": {"auto", "bars", "lines", "none"}, "compression": {"gzip", "zstd"}, "build-network": {"host", "none"},
+		"allow-platform": {"snp", "tdx", "az-snp-vtpm", "az-tdx-vtpm", "tpm"},
+	} {
+		_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+	}
 	return cmd
 }
 

@@ -58,7 +58,7 @@ func loadSigner(file string, password func() ([]byte, error)) (signature.SignerV
 	defer clear(pass)
 	sv, err := cosign.LoadPrivateKey(pem, pass, nil)
 	if err != nil {
-		return nil, cause.New(cause.Usage, "private key %s: %w", file, err)
+		return nil, cause.New(cause.Usage, "private key %s: the passphrase does not open it, or it is not a private key of cosign (%w)", file, err)
 	}
 	return sv, nil
 }

@@ -43,7 +43,9 @@ func run(args []string) int {
 func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "cvmctl",
-		Short:         "publish images for confidential VMs, write their policies, administer their key broker",
+		Short:         "Publish images for confidential VMs, write their policies, administer their key broker",
+		Long:          "cvmctl publishes images for confidential VMs, writes their policies and administers their key broker.\n\n" + cause.ExitHelp,
+		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
@@ -56,6 +58,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(publish.Command(), brokercmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
+	root.SetVersionTemplate("cvmctl {{.Version}}\n")
 	usageErrors(root)
 	return root
 }
@@ -63,7 +66,7 @@ func command() *cobra.Command {
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
-		Short: "print the version",
+		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), "cvmctl", version)
@@ -76,8 +79,8 @@ func versionCommand() *cobra.Command {
 // code for usage in every command below c. A group of commands called without
 // one of them is such an error too.
 func usageErrors(c *cobra.Command) {
-	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
-		return cause.Wrap(cause.Usage, err)
+	c.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return cause.New(cause.Usage, "%w, see %s --help", err, cmd.CommandPath())
 	})
 	if args := c.Args; args != nil {
 		c.Args = func(cmd *cobra.Command, a []string) error { return cause.Wrap(cause.Usage, args(cmd, a)) }
