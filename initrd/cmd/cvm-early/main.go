@@ -72,13 +72,13 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 				fmt.Fprint(out, usage)
 				return err
 			}
-			return cause.New(cause.Usage, "%w", err)
+			return cause.New(cause.Usage, "%w; see cvm-early help", err)
 		}
 		if *initdata == "" || *tpm == "" || flags.NArg() > 0 {
 			return cause.New(cause.Usage, "measure takes --initdata FILE and --tpm SPEC, and nothing else")
 		}
 		return measure(ctx, *initdata, *tpm, out)
-	case "version":
+	case "version", "--version":
 		fmt.Fprintln(out, version)
 		return nil
 	case "help", "-h", "--help":
