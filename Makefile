@@ -68,7 +68,7 @@ lint: deps ## gofmt, go vet, golangci-lint with the layering rules
 fuzz: ## every fuzz target for FUZZTIME (default 10s)
 	@sh tests/fuzz.sh $(FUZZTIME) . $(SBOM_MODULE)
 
-bench: deps build ## the numbers of DESIGN.md, in one run
+bench: deps build ## every measured number beside its bar, in one run
 	@go build -ldflags '-s -w' -o bin/cvm-bench ./tests/bench
 	@$(AS_ROOT) bin/cvm-bench $(BENCHFLAGS)
 
