@@ -334,6 +334,9 @@ func (f *fetch) cleanUp(failed bool) {
 	}
 }
 
+// nameMark, before 12 digits of the ID, ends the name of an image from here.
+const nameMark = ":cvm-"
+
 // createImage writes the image record as podman's own pull does. The manifest
 // of a plain image is the signed one. An encrypted one's describes what is
 // stored, in terms that were verified: plain archives by their diff IDs; the
@@ -374,7 +377,7 @@ func (c *Client) createImage(i *Image, layers []*layer) error {
 	if created.Created != nil {
 		opts.CreationDate = *created.Created
 	}
-	names := []string{i.ref.Context().Name() + ":cvm-" + config.Encoded()[:12]}
+	names := []string{i.ref.Context().Name() + nameMark + config.Encoded()[:12]}
 	// A name is for people. One that another image has got does not keep this
 	// one out.
 	if other, err := c.store.Image(names[0]); err == nil && other.ID != i.ImageID() {

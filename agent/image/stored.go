@@ -166,6 +166,22 @@ func (c *Client) Remove(ctx context.Context, imageID string) error {
 	return nil
 }
 
+// RemoveAll removes every image that a client with this state directory has put
+// into storage under its name. Others, and what podman pulled, stay.
+func (c *Client) RemoveAll(ctx context.Context) error {
+	images, err := c.store.Images()
+	if err != nil {
+		return storageError("", err)
+	}
+	for _, i := range images {
+		ours := slices.ContainsFunc(i.Names, func(n string) bool { return strings.HasSuffix(n, nameMark+i.ID[:12]) })
+		if ours && c.records.load(i.TopLayer) != nil {
+			err = errors.Join(err, c.Remove(ctx, i.ID))
+		}
+	}
+	return err
+}
+
 // PruneUncommitted removes what a killed fetch left: staging directories, and
 // recorded layers that no image uses. It must not run beside a fetch.
 func (c *Client) PruneUncommitted(ctx context.Context) error {

@@ -43,6 +43,7 @@ type Agent struct {
 	state        string
 	running      *generation // what runs; replaced by an upgrade
 	former       *generation // what a confirmed upgrade replaced, until it is cleared away
+	staged       *generation // the last upgrade's, however it went
 	shown        *generation // what status shows as the policy
 	platformName policy.Platform
 	claims       *Claims
@@ -138,6 +139,12 @@ func (a *Agent) swap(g *generation) {
 	}
 	a.running, a.shown = g, g
 	clear(a.health)
+}
+
+func (a *Agent) setStaged(g *generation) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.staged = g
 }
 
 func (a *Agent) setPolicy(g *generation) {

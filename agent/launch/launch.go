@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
@@ -121,7 +122,7 @@ func (a *Agent) resume(g *generation) (*eventlog.Event, error) {
 		return &e, nil
 	}
 	if state.Digest != g.verified.Digest {
-		committed, err := bounded.ReadFile(a.committedPath(), maxInitdata)
+		committed, err := bounded.ReadFile(a.committedPath(state.Digest), maxInitdata)
 		if err != nil {
 			return nil, cause.New(cause.EventLogDiverged, "the event log commits policy %s, whose document cannot be read: %w", state.Digest, err)
 		}
@@ -264,7 +265,11 @@ func (g *generation) close() {
 
 func stopTime(run policy.Run) time.Duration { return run.StopTimeout.Or(10 * time.Second) }
 
-func (a *Agent) committedPath() string { return filepath.Join(a.config.RunDir, "committed.toml") }
+// committedPath is where the document of an upgrade's policy is kept. Each has
+// a name of its own: whichever digest the log says after a kill, it is there.
+func (a *Agent) committedPath(digest string) string {
+	return filepath.Join(a.config.RunDir, "committed-"+strings.TrimPrefix(digest, "sha256:")+".toml")
+}
 
 // deadlines are the policy's, or the defaults before it is known.
 func (a *Agent) deadlines(g *generation) policy.Deadlines {

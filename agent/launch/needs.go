@@ -93,6 +93,8 @@ type Images interface {
 	// Remove removes the image (config digest, 64 hex digits) and the layers
 	// that only it uses; one that is gone is no error.
 	Remove(ctx context.Context, imageID string) error
+	// RemoveAll removes every image that this agent has put into storage.
+	RemoveAll(ctx context.Context) error
 	// PruneUncommitted removes what a killed fetch left.
 	PruneUncommitted(ctx context.Context) error
 	Close() error

@@ -6,11 +6,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/google/renameio/v2"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -156,7 +158,7 @@ func (a *Agent) checkLatch() error {
 func (a *Agent) destroy(ctx context.Context) error {
 	s := a.sequence(ctx, "destroy")
 	a.mu.Lock()
-	generations := []*generation{a.running, a.former}
+	generations := []*generation{a.running, a.former, a.staged}
 	a.mu.Unlock()
 
 	s.run("latch", localDeadline, func(context.Context, *step) error {
@@ -187,9 +189,11 @@ func (a *Agent) destroy(ctx context.Context) error {
 			remains = append(remains, err)
 		}
 	}
-	part("secrets", func(context.Context, *step) error {
-		if a.secrets == nil {
-			return nil
+	part("secrets", func(context.Context, *step) (err error) {
+		if a.secrets == nil { // a destroy that a kill cut short goes on
+			if a.secrets, err = a.world.Secrets(); err != nil {
+				return cause.Wrap(cause.DestroyFailed, err)
+			}
 		}
 		return cause.Wrap(cause.DestroyFailed, a.secrets.WipeAll())
 	})
@@ -211,6 +215,12 @@ func (a *Agent) destroy(ctx context.Context) error {
 				err = errors.Join(err, a.removeImages(ctx, g, nil))
 			}
 		}
+		// Those of an earlier run too, of which this one knows nothing.
+		all, openErr := a.world.Images(&policy.Verified{Policy: &policy.Policy{}}, func(error, time.Duration) {})
+		if openErr != nil {
+			return cause.Wrap(cause.DestroyFailed, errors.Join(err, openErr))
+		}
+		err = errors.Join(err, all.RemoveAll(ctx), all.Close())
 		return cause.Wrap(cause.DestroyFailed, err)
 	})
 	part("volumes", func(ctx context.Context, st *step) error {
@@ -223,13 +233,17 @@ func (a *Agent) destroy(ctx context.Context) error {
 		return cause.Wrap(cause.DestroyFailed, err)
 	})
 	part("documents", func(context.Context, *step) error {
-		if err := os.Remove(a.committedPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		names, err := filepath.Glob(a.committedPath("*"))
+		for _, name := range names {
+			err = errors.Join(err, os.Remove(name))
+		}
+		if err != nil {
 			return cause.New(cause.DestroyFailed, "remove the policy's document: %w", err)
 		}
 		return nil
 	})
 	a.mu.Lock()
-	a.running, a.former = nil, nil
+	a.running, a.former, a.staged = nil, nil, nil
 	a.mu.Unlock()
 	if err := errors.Join(append(remains, s.failed())...); err != nil {
 		return cause.New(cause.DestroyFailed, "something remains: %s", oneLine(err.Error()))

@@ -38,7 +38,7 @@ func TestUpgrade(t *testing.T) {
 		}
 		// The document in the run directory counts only with the committed digest.
 		w.policies["v3"] = testPolicy(3, "web")
-		if err := os.WriteFile(a.committedPath(), []byte("v3"), 0o600); err != nil {
+		if err := os.WriteFile(a.committedPath(w.log.State().Digest), []byte("v3"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		again, _ = newTestAgent(t, w, strings.TrimSuffix(a.config.StateDir, "/state"))

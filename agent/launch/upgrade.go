@@ -3,6 +3,8 @@ package launch
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -21,6 +23,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 	if old == nil {
 		return cause.New(cause.NotReady, "nothing runs that could be upgraded")
 	}
+	a.setStaged(next) // for a destroy that takes over
 
 	// Stage: everything is verified and fetched while the old one runs.
 	already := false
@@ -60,7 +63,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 
 	// Commit: from the event on, a restart of the daemon runs the new policy.
 	s.run("commit", localDeadline, func(ctx context.Context, _ *step) error {
-		if err := renameio.WriteFile(a.committedPath(), next.initdata, 0o600); err != nil {
+		if err := renameio.WriteFile(a.committedPath(next.verified.Digest), next.initdata, 0o600); err != nil {
 			return cause.New(cause.StorageFailed, "keep the policy's document: %w", err)
 		}
 		return a.log.AppendOnce(ctx, next.event(eventlog.KindCommitted, ""))
@@ -79,7 +82,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 	}
 	a.swap(next)
 	s.run("clear", undoTime, func(ctx context.Context, st *step) error {
-		err := errors.Join(a.removeContainers(ctx, old), a.removeImages(ctx, old, next))
+		err := errors.Join(a.dropDocument(old), a.removeContainers(ctx, old), a.removeImages(ctx, old, next))
 		if err != nil { // the upgrade is done; say what is left
 			a.logger.Warn("something of the former version is left", "error", err)
 			st.skipped("something of the former version is left: %s", oneLine(err.Error()))
@@ -148,8 +151,8 @@ func (a *Agent) rollback(ctx context.Context, old, next *generation, why error) 
 	s.run("clear", undoTime, func(ctx context.Context, _ *step) error { return a.removeContainers(ctx, next) })
 	// The register says it before the old version starts, as with every start.
 	s.run("measure", localDeadline, func(ctx context.Context, _ *step) error {
-		if err := renameio.WriteFile(a.committedPath(), old.initdata, 0o600); err != nil {
-			return cause.New(cause.StorageFailed, "keep the policy's document: %w", err)
+		if err := a.mayReturn(old, next); err != nil {
+			return err
 		}
 		return a.log.AppendOnce(ctx, next.event(eventlog.KindRolledBack, string(cause.Of(why))))
 	})
@@ -159,11 +162,36 @@ func (a *Agent) rollback(ctx context.Context, old, next *generation, why error) 
 		a.swap(old)
 		return cause.New(cause.RollbackFailed, "the upgrade failed (%s) and so did going back (%s)", oneLine(why.Error()), oneLine(err.Error()))
 	}
-	if err := a.removeImages(ctx, next, old); err != nil {
+	if err := errors.Join(a.removeImages(ctx, next, old), a.dropDocument(next)); err != nil {
 		a.logger.Warn("the failed version's image is left", "error", err)
 	}
 	next.close()
 	return cause.New(cause.UpgradeRolledBack, "version %d runs again: %s", old.policy().Version, oneLine(why.Error()))
+}
+
+// mayReturn refuses a version that the committed policy, or the broker since,
+// has put below the floor: an attacker who can make an upgrade fail must not
+// win the old version by it.
+func (a *Agent) mayReturn(old, next *generation) error {
+	floor := next.policy().MinimumVersion
+	a.mu.Lock()
+	if c := a.claims; c != nil && c.HasMark {
+		floor = max(floor, c.VersionMark)
+	}
+	a.mu.Unlock()
+	if v := old.policy().Version; v < floor {
+		return cause.New(cause.PolicyBelowFloor, "version %d is below %d, the lowest that may run now", v, floor)
+	}
+	return nil
+}
+
+// dropDocument removes the document of a policy that is no longer to be found
+// by a restarted daemon.
+func (a *Agent) dropDocument(g *generation) error {
+	if err := os.Remove(a.committedPath(g.verified.Digest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // rollbackTime bounds a rollback as a whole.

@@ -221,6 +221,15 @@ func (f fakeImages) Remove(_ context.Context, id string) error {
 	delete(f.w.images, id)
 	return err
 }
+func (f fakeImages) RemoveAll(context.Context) error {
+	err := f.w.call("rmi-all")
+	f.w.mu.Lock()
+	defer f.w.mu.Unlock()
+	if err == nil {
+		clear(f.w.images)
+	}
+	return err
+}
 func (f fakeImages) PruneUncommitted(context.Context) error { return f.w.call("prune") }
 func (fakeImages) Close() error                             { return nil }
 
