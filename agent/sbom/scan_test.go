@@ -200,7 +200,7 @@ func TestLesson22_ImagesBeyondTheLimitsAreRefused(t *testing.T) {
 			return f.Truncate(1 << 40)
 		}, func(*Sandbox) {}, "more than 68719476736 bytes"},
 		"too large a document": {func(string) error { return nil }, func(s *Sandbox) { s.MaxOutput = 1000 }, "wrote more than"},
-		"too little memory":    {func(string) error { return nil }, func(s *Sandbox) { s.MemoryMax = 24 << 20 }, "memory"},
+		"too little memory":    {func(string) error { return nil }, func(s *Sandbox) { s.MemoryMax = 12 << 20 }, "memory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, root := realSandbox(t), unpack(t)

@@ -4,6 +4,7 @@ go 1.26.8
 
 require (
 	github.com/anchore/syft v1.57.0
+	github.com/google/licensecheck v0.3.1
 	github.com/spdx/tools-golang v0.6.0-rc4
 	modernc.org/sqlite v1.61.0
 )
@@ -144,7 +145,6 @@ require (
 	github.com/google/go-cmp v0.7.0 // indirect
 	github.com/google/go-containerregistry v0.22.1 // indirect
 	github.com/google/go-intervals v0.0.2 // indirect
-	github.com/google/licensecheck v0.3.1 // indirect
 	github.com/google/pprof v0.0.0-20261016150608-1facf8f91b50 // indirect
 	github.com/google/s2a-go v0.1.10 // indirect
 	github.com/google/uuid v1.6.0 // indirect

@@ -59,20 +59,27 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 		WithTool("syft", ScannerVersion()).
 		WithCatalogerSelection(cataloging.NewSelectionRequest().WithDefaults("image")).
 		WithFilesConfig(filecataloging.DefaultConfig().WithSelection(file.AllFilesSelection).WithHashers())
-	// The licence matcher takes most of a second of one core.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	scanner := make(chan scanContext, 1)
-	go func() {
-		ctx, err := syft.SetContextLicenseScanner(ctx, cfg.Licenses)
-		scanner <- scanContext{ctx, err}
-		if o.FileDigests == "-" {
-			// Time to tidy up what building it has left, before the image is there.
-			debug.FreeOSMemory()
-		}
-	}()
-
+	scanCtx, build, err := lateMatcher(ctx, cfg.Licenses.Coverage)
+	if err != nil {
+		return fmt.Errorf("licence matcher: %w", err)
+	}
+	arrived := make(chan struct{})
+	if o.FileDigests == "-" {
+		// An image that is long in coming is large, and large ones have texts to
+		// match: there is time. A small one is not held up by it.
+		go func() {
+			select {
+			case <-arrived:
+			case <-time.After(time.Second):
+				build()
+				debug.FreeOSMemory() // what building it has left
+			}
+		}()
+	}
 	known, err := loadDigests(o.FileDigests)
+	close(arrived)
 	if err != nil {
 		return err
 	}
@@ -109,13 +116,11 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	src := &listing{Source: dir, root: root}
 	// The source keeps the index of the root (file types by content) for
 	// CreateSBOM.
-	_, err = src.FileResolver(cfg.Search.Scope)
-	ready := <-scanner
-	if err := errors.Join(err, ready.err); err != nil {
+	if _, err := src.FileResolver(cfg.Search.Scope); err != nil {
 		cancel()
 		return errors.Join(fmt.Errorf("index: %w", err), <-digested)
 	}
-	found, err := syft.CreateSBOM(ready.ctx, src, cfg)
+	found, err := syft.CreateSBOM(scanCtx, src, cfg)
 	if err != nil {
 		cancel()
 		return errors.Join(fmt.Errorf("scan: %w", err), <-digested)
@@ -125,12 +130,6 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	}
 	found.Artifacts.FileDigests = tree.fileDigests(o.SHA1)
 	return encode(out, found, o.Created)
-}
-
-// A scanContext carries syft's licence matcher.
-type scanContext struct {
-	ctx context.Context //nolint:containedctx // how syft takes it
-	err error
 }
 
 // ScannerVersion returns the version of the syft library in this program.
