@@ -129,3 +129,20 @@ func TestDestroyDuringTheConfirmationLeavesNoImage(t *testing.T) {
 		t.Errorf("left over: %v, %v", w.images, w.podman.containers)
 	}
 }
+
+// Podman dies after it has created a container, and is back for the clearing up.
+func TestAContainerThatNobodyConfirmedIsRemoved(t *testing.T) {
+	a, w, _ := launched(t)
+	w.fail["start web-v2"] = func() error {
+		w.podman.mu.Lock()
+		w.podman.containers["cvm-shop-web-v2"] = &fakeContainer{}
+		w.podman.mu.Unlock()
+		return cause.New(cause.WorkloadStart, "the connection broke")
+	}
+	if err := a.Upgrade(t.Context(), []byte("v2")); cause.Of(err) != cause.UpgradeRolledBack {
+		t.Errorf("%v", err)
+	}
+	if _, left := w.podman.containers["cvm-shop-web-v2"]; left {
+		t.Error("the container is left")
+	}
+}

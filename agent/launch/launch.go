@@ -227,9 +227,25 @@ func (a *Agent) removeContainers(ctx context.Context, g *generation) (err error)
 			}
 			err = errors.Join(err, podman.Stop(ctx, w.id, stopTime(w.rule.Run)), podman.Remove(ctx, w.id))
 			w.id = ""
+		} else if w.container.Workload != "" { // created perhaps, by a podman that went away
+			err = errors.Join(err, a.removeByName(ctx, w.container.Policy, w.container.Name()))
 		}
 		if w.container.SecretDir != "" {
 			err = errors.Join(err, a.secrets.Wipe(w.container.Name()))
+		}
+	}
+	return err
+}
+
+func (a *Agent) removeByName(ctx context.Context, policy, name string) error {
+	podman, err := a.podman(ctx, nil)
+	if err != nil {
+		return err
+	}
+	owned, err := podman.List(ctx, policy)
+	for _, c := range owned {
+		if c.Name == name {
+			err = errors.Join(err, podman.Remove(ctx, c.ID))
 		}
 	}
 	return err

@@ -332,7 +332,7 @@ func (p *fakePodman) List(context.Context, string) (out []workload.Owned, err er
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for id, c := range p.containers {
-		out = append(out, workload.Owned{ID: id, Workload: c.c.Workload})
+		out = append(out, workload.Owned{ID: id, Name: id, Workload: c.c.Workload})
 	}
 	return out, nil
 }

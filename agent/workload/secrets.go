@@ -45,10 +45,15 @@ func OpenSecrets(dir string) (*Secrets, error) {
 // for Container.SecretDir. user is the one that the container runs as
 // ("uid[:gid]" or a name): it owns its files. A name cannot be resolved without
 // trusting the image's own passwd file, so with a name the files stay root's.
-func (s *Secrets) Write(container, user string, rules []policy.Secret, values map[string][]byte) (string, error) {
+func (s *Secrets) Write(container, user string, rules []policy.Secret, values map[string][]byte) (path string, err error) {
 	uid, gid, numeric := owner(user)
 	dir := filepath.Join(s.root, container)
-	if err := os.RemoveAll(dir); err != nil {
+	defer func() {
+		if err != nil { // those before the one that failed
+			err = errors.Join(err, wipe(dir))
+		}
+	}()
+	if err := wipe(dir); err != nil {
 		return "", cause.New(cause.StorageFailed, "clear old secrets: %w", err)
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {

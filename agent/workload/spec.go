@@ -7,6 +7,7 @@ import (
 	"github.com/containers/podman/v5/pkg/specgen"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	nettypes "go.podman.io/common/libnetwork/types"
+	"go.podman.io/image/v5/manifest"
 
 	"github.com/cc-runtime/cvm-agent/policy"
 )
@@ -64,6 +65,9 @@ func (c Container) spec() *specgen.SpecGenerator {
 	s.EnvHost, s.HTTPProxy = &no, &no // nothing of the host's environment gets in
 	s.SdNotifyMode = "ignore"
 	s.Systemd = "false"
+	// An image's own HEALTHCHECK would be a timer that podman sets up outside of
+	// the container; the policy's is the agent's to run.
+	s.HealthConfig = &manifest.Schema2HealthConfig{Test: []string{"NONE"}}
 	s.RestartPolicy = c.Run.Restart
 	if s.RestartPolicy == "" {
 		s.RestartPolicy = "no"

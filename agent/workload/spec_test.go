@@ -31,6 +31,9 @@ func TestSpec(t *testing.T) {
 	if s.SeccompProfilePath != "" || s.OCIRuntime != "" || s.RestartPolicy != "no" || s.ImageVolumeMode != "ignore" {
 		t.Errorf("seccomp %q, runtime %q, restart %q, image volumes %q", s.SeccompProfilePath, s.OCIRuntime, s.RestartPolicy, s.ImageVolumeMode)
 	}
+	if s.HealthConfig == nil || len(s.HealthConfig.Test) != 1 || s.HealthConfig.Test[0] != "NONE" {
+		t.Errorf("the image's own health check: %+v", s.HealthConfig)
+	}
 	if s.NetNS.NSMode != "none" || s.PidNS.NSMode != "private" || s.IpcNS.NSMode != "private" {
 		t.Errorf("namespaces: %v %v %v", s.NetNS, s.PidNS, s.IpcNS)
 	}

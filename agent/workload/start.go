@@ -19,7 +19,7 @@ import (
 // A container of the same name, left by an earlier run, is replaced. When
 // anything fails, what was created is removed again; volumes stay.
 func (p *Podman) Start(ctx context.Context, c Container) (id string, err error) {
-	if err := p.Remove(ctx, c.Name()); err != nil {
+	if err := p.removeFormer(ctx, c); err != nil {
 		return "", err
 	}
 	for _, m := range c.Run.Mounts {
@@ -59,6 +59,22 @@ func (p *Podman) Start(ctx context.Context, c Container) (id string, err error) 
 		return "", failed(cause.WorkloadStart, "start container "+c.Name(), err)
 	}
 	return created.ID, nil
+}
+
+// removeFormer removes an earlier container of the same name if it is ours, and
+// nobody else's.
+func (p *Podman) removeFormer(ctx context.Context, c Container) error {
+	former, err := containers.Inspect(p.with(ctx), c.Name(), nil)
+	if isGone(err) {
+		return nil
+	}
+	if err != nil {
+		return failed(cause.WorkloadStart, "look for container "+c.Name(), err)
+	}
+	if former.Config == nil || former.Config.Labels[LabelPolicy] != c.Policy {
+		return cause.New(cause.WorkloadStart, "the name %s is taken by a container that is not the agent's", c.Name())
+	}
+	return p.Remove(ctx, former.ID)
 }
 
 // User returns the user that the image's configuration names, "" for root.
