@@ -90,6 +90,9 @@ const (
 	DeadlineExceeded  Code = "deadline-exceeded"
 	AgentUnavailable  Code = "agent-unavailable"
 
+	// the broker's records
+	AuditBroken Code = "audit-log-broken"
+
 	// publishing
 	PublishFailed      Code = "publish-failed"
 	PublishCheckFailed Code = "publish-check-failed"
@@ -185,6 +188,7 @@ var Table = []Row{
 	{DeadlineExceeded, ExitUnavailable, "a phase did not finish before its deadline"},
 	{AgentUnavailable, ExitUnavailable, "the agent's control socket does not answer"},
 
+	{AuditBroken, ExitRefused, "the audit log's hash chain is broken, or it is no audit log"},
 	{PublishFailed, ExitInternal, "an image could not be built, encrypted, signed or pushed"},
 	{PublishCheckFailed, ExitRefused, "what was pushed is not what was asked for"},
 }

@@ -147,7 +147,7 @@ func Verify(r io.Reader) (Head, error) {
 		err = fmt.Errorf("line %d is incomplete", head.Records+1)
 	}
 	if err != nil {
-		return Head{}, cause.New(cause.Config, "audit log: %w", err)
+		return Head{}, cause.New(cause.AuditBroken, "audit log: %w", err)
 	}
 	return head, nil
 }
