@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 
@@ -132,6 +133,9 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) (*htt
 		var op *net.OpError
 		if errors.As(err, &op) {
 			err = op
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, cause.New(cause.NotPermitted, "the control socket is for root and its group: %w", err)
 		}
 		return nil, cause.New(cause.AgentUnavailable, "the agent does not answer: %w", err)
 	}

@@ -77,7 +77,11 @@ func printStatus(out io.Writer, st *control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(w, "state\t%s\n", st.State)
 	if st.Cause != "" {
-		fmt.Fprintf(w, "cause\t%s: %s\n", st.Cause, st.Text)
+		label := "cause"
+		if st.State == control.StateReady {
+			label = "last order" // it failed, and what ran before still runs
+		}
+		fmt.Fprintf(w, "%s\t%s: %s\n", label, st.Cause, st.Text)
 	}
 	if p := st.Policy; p != nil {
 		fmt.Fprintf(w, "policy\t%s version %d, expires %s\n", p.Name, p.Version, p.Expires)
@@ -181,6 +185,10 @@ func (c *ctl) upgrade() *cobra.Command {
 				return err
 			}
 			err = c.client().Upgrade(cmd.Context(), order, func(e control.Event) { _ = c.event(cmd.OutOrStdout(), e) })
+			var e *cause.Error
+			if errors.As(err, &e) && e.Code == cause.InitdataMalformed && (strings.HasSuffix(args[0], ".yaml") || strings.HasSuffix(args[0], ".yml")) {
+				err = cause.New(e.Code, "%w (a policy in YAML is signed first: cvmctl policy sign)", e.Err)
+			}
 			return c.outcome(cmd.OutOrStdout(), "upgrade", err)
 		},
 	}
