@@ -2,6 +2,7 @@ package publish
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	ggcr "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -275,4 +277,41 @@ func must(b []byte, err error) []byte {
 		panic(err)
 	}
 	return b
+}
+
+func TestPlainContentUnderEncryptedMediaTypeIsRefused(t *testing.T) {
+	o := testOptions(t, "disguised")
+	o.Encrypt, o.KEKOut = true, filepath.Join(t.TempDir(), "kek")
+	o.Resource = "kbs:///default/key/disguised"
+	// A "keywrapper only" implementation: annotations are right, bytes plain.
+	r := &run{o: &o}
+	var err error
+	if r.target, err = o.check(); err != nil {
+		t.Fatal(err)
+	}
+	plain := testOptions(t, "disguised")
+	res, err := Run(t.Context(), plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := manifestOf(t, res.Reference)
+	r.work, r.transport = t.TempDir(), remote.DefaultTransport
+	if err := r.prepareRegistry(); err != nil {
+		t.Fatal(err)
+	}
+	l := m.Layers[0]
+	l.MediaType += encryptedSuffix
+	packetJSON, err := json.Marshal(packet{o.Resource, []byte("x"), make([]byte, 12), "A256GCM"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Annotations = map[string]string{providerAnnotation: base64.StdEncoding.EncodeToString(packetJSON)}
+	enc := &encryption{resource: o.Resource}
+	other := &ggcr.Manifest{Layers: m.Layers[1:]}
+	if err := r.checkLayer(t.Context(), r.target.repo, 0, l, other, enc); cause.Of(err) != cause.PublishCheckFailed || !strings.Contains(err.Error(), "plain content") {
+		t.Errorf("recompressed plain content: %v", err)
+	}
+	if err := r.checkLayer(t.Context(), r.target.repo, 0, l, m, enc); cause.Of(err) != cause.PublishCheckFailed || !strings.Contains(err.Error(), "plain content") {
+		t.Errorf("the plain layer itself: %v", err)
+	}
 }
