@@ -103,8 +103,10 @@ func members(dec *jsontext.Decoder, visit func(name string) (bool, error)) error
 	if _, err := dec.ReadToken(); err != nil {
 		return err
 	}
-	if _, err := dec.ReadToken(); err != io.EOF {
-		return fmt.Errorf("trailing data (%w)", err)
+	if _, err := dec.ReadToken(); err == nil {
+		return errors.New("trailing data")
+	} else if !errors.Is(err, io.EOF) {
+		return fmt.Errorf("trailing data: %w", err)
 	}
 	return nil
 }

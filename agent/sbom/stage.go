@@ -313,8 +313,10 @@ func becomeUser(id int) error {
 			return fmt.Errorf("ids are %d, %d, %d, want %d", r[i], e[i], s[i], id)
 		}
 	}
-	if groups, err := unix.Getgroups(); err != nil || len(groups) != 0 {
-		return fmt.Errorf("supplementary groups are %v (%v), want none", groups, err)
+	if groups, err := unix.Getgroups(); err != nil {
+		return fmt.Errorf("supplementary groups: %w", err)
+	} else if len(groups) != 0 {
+		return fmt.Errorf("supplementary groups are %v, want none", groups)
 	}
 	return nil
 }
@@ -344,8 +346,10 @@ func setNoNewPrivs() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	if on, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || on != 1 {
-		return fmt.Errorf("reads back as %d (%v)", on, err)
+	if on, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("reading back: %w", err)
+	} else if on != 1 {
+		return fmt.Errorf("reads back as %d", on)
 	}
 	return nil
 }
