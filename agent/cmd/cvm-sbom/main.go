@@ -107,7 +107,7 @@ func runScan(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 			fs.Usage()
 			return err
 		}
-		return fmt.Errorf("%w: %v, see cvm-sbom scan --help", errUsage, err)
+		return fmt.Errorf("%w: %w, see cvm-sbom scan --help", errUsage, err)
 	}
 	if fs.NArg() != 0 || opts.Root == "" || opts.MaxFiles <= 0 || opts.MaxBytes <= 0 {
 		return fmt.Errorf("%w: scan needs --root, positive limits and no arguments", errUsage)
