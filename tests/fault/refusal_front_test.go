@@ -45,7 +45,17 @@ func (o *outlet) bind() (err error) {
 		}
 		at.Port = port
 	}
-	return unix.Bind(o.bound, at)
+	// A listener is gone only when its Accept has returned, a moment after its
+	// Close. An unbound socket must not stay: Listen would give it any address.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err = unix.Bind(o.bound, at)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(deadline) {
+			return errors.Join(err, unix.Close(o.bound))
+		}
+	}
 }
 
 func (o *outlet) up() error {
