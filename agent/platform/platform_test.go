@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"strings"
 	"sync"
 	"testing"
 
@@ -149,12 +150,17 @@ func TestLesson07_TheRegisterCannotBeReset(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := log.Append(ctx, eventlog.Event{Kind: eventlog.KindDebug, Reason: "test"}); err == nil {
-		t.Log("debug logged first")
+	e := eventlog.Event{Kind: eventlog.KindPolicy, Policy: "demo", PolicyVersion: 1,
+		PolicyDigest: "sha256:" + strings.Repeat("ab", 32), Signers: []string{strings.Repeat("cd", 32)}}
+	if err := log.Append(ctx, e); err != nil {
+		t.Fatal(err)
 	}
 	before, err := reg.Read(ctx)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if bytes.Equal(before, make([]byte, 32)) {
+		t.Fatal("PCR 14 is zero after an event: a reset could not be seen")
 	}
 	_, err = tpm2.PCRReset{PCRHandle: tpm2.AuthHandle{Handle: 14, Auth: tpm2.PasswordAuth(nil)}}.Execute(p.t)
 	if err == nil {
