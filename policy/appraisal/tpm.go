@@ -75,11 +75,11 @@ func (v *TPM) Appraise(in Input) (*Appraisal, error) {
 	}
 	v.bindAK(t, &facts, in, ev, add.Activation)
 
-	checkLaunch(t, &facts, in.InitData)
+	checkLaunch(t, &facts, in.InitData, launchPCR8(&facts))
 	if in.Dialect == kbs.Dialect {
 		t.Require(CheckEventLog)
 	}
-	checkLog(t, &facts, add.EventLog, in.Dialect)
+	checkLog(t, &facts, add.EventLog, in.Dialect, registerPCR14(&facts))
 
 	t.Skip("qualified-signer", "", "names the AK's parents, which are not in the evidence; the activation binds the AK")
 	t.Skip("clock-and-firmware", "", "no rule pins the TPM's clock, reset count or firmware version")

@@ -13,7 +13,7 @@ import (
 // Verifier judges the evidence of one TEE. Another platform is another
 // Verifier: nothing else here or in the broker knows what evidence looks like.
 type Verifier interface {
-	// TEE is the KBS name: "tpm", later "snp", "tdx", "az-snp-vtpm", "az-tdx-vtpm".
+	// TEE is the KBS name: "tpm", "snp", "tdx", "az-snp-vtpm", "az-tdx-vtpm".
 	TEE() string
 	// Challenge answers a session's opening under dialect cvm-agent/1. What it
 	// returns as Pending stays in the session and comes back in Input. The
@@ -29,6 +29,7 @@ type Verifier interface {
 type Pending struct {
 	EKCert   []byte // DER
 	AKPublic []byte // TPMT_PUBLIC
+	AKCert   []byte // DER; with it there is no credential and no Secret
 	Secret   []byte // 32 bytes that only the EK's TPM can recover, for that AK alone
 }
 
@@ -39,8 +40,18 @@ type Input struct {
 	Additional string                   // additional evidence as received
 	ReportData [kbs.ReportDataSize]byte // computed from this session's nonce and key, never taken from the peer
 	InitData   []byte                   // exact initdata text; nil when there was none
+	Nonce      string                   // this session's, as the wire has it
 	Pending    *Pending                 // nil under dialect kbs
 	Time       time.Time                // the verifier's clock
+	Offline    *Offline                 // nil in a broker
+}
+
+// Offline replaces what only a session knows. A broker never sets it: without
+// it everything about a session is required.
+type Offline struct {
+	// ReportData is what the evidence's own field must hold: as many bytes as
+	// given, zero bytes after them. Nil: not known, and listed as not checked.
+	ReportData []byte
 }
 
 // Appraisal is a verdict and, for what passed, the facts that it proves.
@@ -52,12 +63,15 @@ type Appraisal struct {
 // Facts are proven by the verdict beside them. A fact that the evidence does
 // not prove is zero, and no rule accepts zero for anything.
 type Facts struct {
-	TEE      string `json:"tee"`
-	Dialect  string `json:"dialect"`
-	Identity string `json:"identity,omitempty"` // what an instance id is bound to: "tpm:" and the AK's Name in hex
+	TEE     string `json:"tee"`
+	Dialect string `json:"dialect"`
+	// Identity is what an instance id is bound to; README.md has its forms.
+	Identity string `json:"identity,omitempty"`
 	// EKRoots are the names of the root sets that the EK certificate chains to.
 	EKRoots []string       `json:"ekRoots,omitempty"`
 	PCRs    map[int]string `json:"pcrs,omitempty"` // SHA-256 bank, covered by the quote, lowercase hex
+	SNP     *SNPFacts      `json:"snp,omitempty"`
+	TDX     *TDXFacts      `json:"tdx,omitempty"`
 	Launch  *LaunchFacts   `json:"launch,omitempty"`
 	Log     *LogFacts      `json:"log,omitempty"`
 	Not     []string       `json:"notChecked,omitempty"` // members of the evidence that nothing here looks at
@@ -71,11 +85,15 @@ type LaunchFacts struct {
 
 // LogFacts are what the event log says, once it replays to the register.
 type LogFacts struct {
-	First     Set  `json:"first"`   // the launch policy of this boot
-	Running   Set  `json:"running"` // the last committed set
-	Staged    *Set `json:"staged,omitempty"`
-	Destroyed bool `json:"destroyed,omitempty"` // a destroy event is in the log
-	Debug     bool `json:"debug,omitempty"`     // a debug event is in the log
+	First   Set  `json:"first"`   // the launch policy of this boot
+	Running Set  `json:"running"` // the last committed set
+	Staged  *Set `json:"staged,omitempty"`
+	// Policies are all the sets that the log ever named, oldest first: a rule is
+	// matched against each, not only against the one that runs.
+	Policies  []Set  `json:"policies,omitempty"`
+	Destroyed bool   `json:"destroyed,omitempty"` // a destroy event is in the log
+	Debug     bool   `json:"debug,omitempty"`     // a debug event is in the log
+	Register  string `json:"register"`            // "PCR 14", "RTMR3", or "report_data" where there is no register
 }
 
 // Set is one policy with the images measured under it.

@@ -171,6 +171,7 @@ func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
 		Primary:    req.TEEEvidence.PrimaryEvidence,
 		Additional: req.TEEEvidence.AdditionalEvidence,
 		ReportData: reportData,
+		Nonce:      n.nonce,
 		Pending:    n.pending,
 		Time:       s.now(),
 	}

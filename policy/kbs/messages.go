@@ -32,6 +32,7 @@ type CVMAgentAuth struct {
 	Version  string `json:"version"`             // Dialect
 	EKCert   []byte `json:"ek_cert,omitempty"`   // DER of the endorsement key's certificate
 	AKPublic []byte `json:"ak_public,omitempty"` // TPMT_PUBLIC of the attestation key, wire form
+	AKCert   []byte `json:"ak_cert,omitempty"`   // DER of a certificate for the AK, in place of credential activation
 }
 
 // UnmarshalJSON reads an object, or the empty string or null for none.
@@ -125,6 +126,10 @@ type CompositeEvidence struct {
 type AdditionalCVMAgent struct {
 	EventLog   []byte `json:"cvm-agent-eventlog,omitempty"`   // CEL-TLV bytes
 	Activation []byte `json:"cvm-agent-activation,omitempty"` // 32 bytes out of TPM2_ActivateCredential
+	// Instance is a compact JWS (ES256, P-256 key in the header's jwk) over the
+	// ASCII of the session's nonce: it names this instance where the hardware
+	// does not (TDX).
+	Instance string `json:"cvm-agent-instance,omitempty"`
 }
 
 // AttestResponse answers AttestRequest.
@@ -179,8 +184,8 @@ func DecodeAuthRequest(data []byte) (*AuthRequest, error) {
 		if c.Version != Dialect {
 			return nil, fmt.Errorf("auth request: extra-params.cvm-agent.version is %q, expected %q", clip(c.Version), Dialect)
 		}
-		if len(c.EKCert) > 16<<10 || len(c.AKPublic) > 4<<10 {
-			return nil, errors.New("auth request: ek_cert or ak_public is too long")
+		if len(c.EKCert) > 16<<10 || len(c.AKPublic) > 4<<10 || len(c.AKCert) > maxCert {
+			return nil, errors.New("auth request: ek_cert, ak_public or ak_cert is too long")
 		}
 	}
 	return &r, nil
@@ -226,6 +231,12 @@ func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 	return &r, nil
 }
 
+// ourMembers are those of AdditionalCVMAgent.
+var ourMembers = []string{"cvm-agent-eventlog", "cvm-agent-activation", "cvm-agent-instance"}
+
+// maxInstance bounds AdditionalCVMAgent.Instance, in bytes.
+const maxInstance = 4 << 10
+
 // maxOthers bounds the members of others: verdicts and tokens name each.
 const maxOthers = 16
 
@@ -238,12 +249,15 @@ func DecodeAdditional(text string) (a AdditionalCVMAgent, others []string, err e
 	if err := decode([]byte(text), &a, "additional_evidence"); err != nil {
 		return AdditionalCVMAgent{}, nil, err
 	}
+	if len(a.Instance) > maxInstance {
+		return AdditionalCVMAgent{}, nil, fmt.Errorf("additional_evidence: cvm-agent-instance has %d bytes, at most %d are read", len(a.Instance), maxInstance)
+	}
 	var all map[string]json.RawMessage
 	if err := josejson.Unmarshal([]byte(text), &all); err != nil || all == nil {
 		return AdditionalCVMAgent{}, nil, errors.New("additional_evidence is not an object")
 	}
 	for name := range all {
-		if name != "cvm-agent-eventlog" && name != "cvm-agent-activation" {
+		if !slices.Contains(ourMembers, name) {
 			others = append(others, clip(name))
 		}
 	}
@@ -257,7 +271,7 @@ func DecodeAdditional(text string) (a AdditionalCVMAgent, others []string, err e
 // Encode writes the JSON text for CompositeEvidence.AdditionalEvidence; ""
 // when there is nothing.
 func (a AdditionalCVMAgent) Encode() (string, error) {
-	if len(a.EventLog) == 0 && len(a.Activation) == 0 {
+	if len(a.EventLog) == 0 && len(a.Activation) == 0 && a.Instance == "" {
 		return "", nil
 	}
 	b, err := json.Marshal(a)
