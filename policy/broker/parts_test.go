@@ -101,7 +101,7 @@ func TestStoreSealsValuesToTheirName(t *testing.T) {
 		t.Fatal(err)
 	}
 	// An attacker with the file moves a's value to b.
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	err = s.backend.(*boltBackend).db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketResources)
 		return bucket.Put([]byte(b.Path()), bytes.Clone(bucket.Get([]byte(a.Path()))))
 	})

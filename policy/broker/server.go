@@ -123,7 +123,7 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) health(w http.ResponseWriter) error {
-	if _, err := s.store.list(bucketMeta); err != nil {
+	if err := s.store.Check(); err != nil {
 		return err
 	}
 	_, err := w.Write([]byte("ok\n"))

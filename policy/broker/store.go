@@ -11,8 +11,6 @@ import (
 	"slices"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
-
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -33,6 +31,7 @@ var (
 	bucketMarks     = []byte("marks")
 	bucketInstances = []byte("instances")
 	bucketMeta      = []byte("meta")
+	buckets         = [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketMeta}
 	keyCheck        = []byte("kek-check")
 )
 
@@ -43,61 +42,80 @@ type Instance struct {
 	Tombstone bool      `json:"tombstone"` // nothing is released to it any more; never cleared
 }
 
-// Store keeps resources, rules, marks and instances in one bbolt file. Names
-// are in the clear; every value is sealed with AES-256-GCM under the KEK, with
-// bucket and name as additional data, so that no value can be moved to another
-// name. Replacing the whole file by an older one is not detected.
-type Store struct {
-	db   *bolt.DB
-	aead cipher.AEAD
+// transaction is one atomic piece of work on sealed values by bucket and name.
+// Within it everything is of one moment, and its writes take effect together
+// or not at all.
+type transaction interface {
+	// read returns the sealed value, or nil when there is none.
+	read(bucket, key []byte) ([]byte, error)
+	write(bucket, key, sealed []byte) error
+	// remove also succeeds when there is nothing.
+	remove(bucket, key []byte) error
+	each(bucket []byte, f func(key, sealed []byte) error) error
 }
 
-// OpenStore opens or creates the file, mode 0600. kek has 32 bytes; a KEK
-// other than the one that the file was made with is refused.
-func OpenStore(path string, kek []byte) (*Store, error) {
-	if len(kek) != kekSize {
-		return nil, cause.New(cause.Config, "the KEK has %d bytes, expected %d", len(kek), kekSize)
-	}
-	block, err := aes.NewCipher(kek)
-	if err != nil {
-		return nil, cause.Wrap(cause.Internal, err)
-	}
-	aead, err := cipher.NewGCMWithRandomNonce(block)
-	if err != nil {
-		return nil, cause.Wrap(cause.Internal, err)
-	}
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second})
-	if err != nil {
-		return nil, cause.New(cause.StorageFailed, "storage %s: %w", path, err)
-	}
-	s := &Store{db: db, aead: aead}
-	if err := s.prepare(); err != nil {
-		_ = db.Close()
-		return nil, cause.New(cause.StorageFailed, "storage %s: %w", path, err)
+// backend is where sealed values are: a bbolt file or a PostgreSQL database.
+// A function that returns an error undoes its transaction, and is run once.
+type backend interface {
+	view(f func(tx transaction) error) error
+	// update sees what every earlier update wrote, and no other runs beside it.
+	update(f func(tx transaction) error) error
+	// insert is update for a value that is made once and is in the way of many
+	// at the same time: it keeps a value that is there and returns what is there
+	// after it. Concurrent ones may share the cost of becoming durable.
+	insert(bucket, key, sealed []byte) ([]byte, error)
+	close() error
+}
+
+// Store keeps resources, rules, marks and instances in a backend. Names are in
+// the clear; every value is sealed with AES-256-GCM under the KEK, with bucket
+// and name as additional data, so that no value can be moved to another name.
+// Replacing everything, or one value, by an older copy is not detected.
+type Store struct {
+	backend backend
+	aead    cipher.AEAD
+}
+
+// newStore seals b under kek, which has 32 bytes; a KEK other than the one that
+// the backend was first used with is refused. It closes b when it fails.
+func newStore(b backend, kek []byte) (*Store, error) {
+	s := &Store{backend: b}
+	if err := s.prepare(kek); err != nil {
+		_ = b.close()
+		return nil, err
 	}
 	return s, nil
 }
 
-func (s *Store) prepare() error {
-	return s.db.Update(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketMeta} {
-			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
-				return err
-			}
+func (s *Store) prepare(kek []byte) error {
+	if len(kek) != kekSize {
+		return cause.New(cause.Config, "the KEK has %d bytes, expected %d", len(kek), kekSize)
+	}
+	block, err := aes.NewCipher(kek)
+	if err != nil {
+		return cause.Wrap(cause.Internal, err)
+	}
+	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
+		return cause.Wrap(cause.Internal, err)
+	}
+	err = s.backend.update(func(tx transaction) error {
+		_, err := s.get(tx, bucketMeta, keyCheck)
+		if errors.Is(err, errNotFound) {
+			return s.put(tx, bucketMeta, keyCheck, nil)
 		}
-		meta := tx.Bucket(bucketMeta)
-		if sealed := meta.Get(keyCheck); sealed != nil {
-			if _, err := s.unseal(bucketMeta, keyCheck, sealed); err != nil {
-				return errors.New("the KEK is not the one that this storage was made with")
-			}
-			return nil
+		if err != nil {
+			return errors.New("the KEK is not the one that this storage was made with")
 		}
-		return meta.Put(keyCheck, s.seal(bucketMeta, keyCheck, nil))
+		return nil
 	})
+	if err != nil {
+		return cause.New(cause.StorageFailed, "storage: %w", err)
+	}
+	return nil
 }
 
-// Close closes the file.
-func (s *Store) Close() error { return s.db.Close() }
+// Close closes the backend.
+func (s *Store) Close() error { return s.backend.close() }
 
 // additional is the additional data of a value: NUL occurs in no name.
 func additional(bucket, key []byte) []byte {
@@ -116,16 +134,24 @@ func (s *Store) unseal(bucket, key, sealed []byte) ([]byte, error) {
 	return value, nil
 }
 
-func (s *Store) get(tx *bolt.Tx, bucket, key []byte) ([]byte, error) {
-	sealed := tx.Bucket(bucket).Get(key)
+// get returns the value of a name, or errNotFound.
+func (s *Store) get(tx transaction, bucket, key []byte) ([]byte, error) {
+	sealed, err := tx.read(bucket, key)
+	if err != nil {
+		return nil, err
+	}
 	if sealed == nil {
 		return nil, errNotFound
 	}
 	return s.unseal(bucket, key, sealed)
 }
 
+func (s *Store) put(tx transaction, bucket, key, value []byte) error {
+	return tx.write(bucket, key, s.seal(bucket, key, value))
+}
+
 func (s *Store) read(bucket []byte, key string) (value []byte, err error) {
-	err = s.db.View(func(tx *bolt.Tx) error {
+	err = s.backend.view(func(tx transaction) error {
 		value, err = s.get(tx, bucket, []byte(key))
 		return err
 	})
@@ -134,8 +160,8 @@ func (s *Store) read(bucket []byte, key string) (value []byte, err error) {
 
 // change runs a transaction and, once it is known to apply, record: when that
 // fails nothing is changed, so no change is ever there that is not on record.
-func (s *Store) change(record func() error, f func(tx *bolt.Tx) error) error {
-	return s.db.Update(func(tx *bolt.Tx) error {
+func (s *Store) change(record func() error, f func(tx transaction) error) error {
+	return s.backend.update(func(tx transaction) error {
 		if err := f(tx); err != nil {
 			return err
 		}
@@ -144,20 +170,24 @@ func (s *Store) change(record func() error, f func(tx *bolt.Tx) error) error {
 }
 
 func (s *Store) write(bucket []byte, key string, value []byte, record func() error) error {
-	return s.change(record, func(tx *bolt.Tx) error {
-		return tx.Bucket(bucket).Put([]byte(key), s.seal(bucket, []byte(key), value))
-	})
+	return s.change(record, func(tx transaction) error { return s.put(tx, bucket, []byte(key), value) })
 }
 
 func (s *Store) list(bucket []byte) ([]string, error) {
 	names := []string{}
-	err := s.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucket).ForEach(func(k, _ []byte) error {
+	err := s.backend.view(func(tx transaction) error {
+		return tx.each(bucket, func(k, _ []byte) error {
 			names = append(names, "kbs:///"+string(k))
 			return nil
 		})
 	})
 	return names, err
+}
+
+// Check says whether the backend answers.
+func (s *Store) Check() error {
+	_, err := s.read(bucketMeta, string(keyCheck))
+	return err
 }
 
 // PutResource stores or replaces a resource. In this and all other changes
@@ -171,19 +201,28 @@ func (s *Store) Resource(u kbs.ResourceURI) ([]byte, error) {
 	return s.read(bucketResources, u.Path())
 }
 
+// there says errNotFound for a name without a value.
+func there(tx transaction, bucket, key []byte) error {
+	sealed, err := tx.read(bucket, key)
+	if err == nil && sealed == nil {
+		err = errNotFound
+	}
+	return err
+}
+
 // DeleteResource removes a resource and its rule; errNotFound when there is no
-// such resource. bbolt reuses the page but does not overwrite it: what is left
-// is sealed.
+// such resource. Backends reuse the space but need not overwrite it: what is
+// left is sealed.
 func (s *Store) DeleteResource(u kbs.ResourceURI, record func() error) error {
-	return s.change(record, func(tx *bolt.Tx) error {
+	return s.change(record, func(tx transaction) error {
 		key := []byte(u.Path())
-		if tx.Bucket(bucketResources).Get(key) == nil {
-			return errNotFound
-		}
-		if err := tx.Bucket(bucketRules).Delete(key); err != nil {
+		if err := there(tx, bucketResources, key); err != nil {
 			return err
 		}
-		return tx.Bucket(bucketResources).Delete(key)
+		if err := tx.remove(bucketRules, key); err != nil {
+			return err
+		}
+		return tx.remove(bucketResources, key)
 	})
 }
 
@@ -207,18 +246,19 @@ func (s *Store) Rule(u kbs.ResourceURI) (*release.Rule, error) {
 
 // DeleteRule removes a rule, or says errNotFound.
 func (s *Store) DeleteRule(u kbs.ResourceURI, record func() error) error {
-	return s.change(record, func(tx *bolt.Tx) error {
-		if tx.Bucket(bucketRules).Get([]byte(u.Path())) == nil {
-			return errNotFound
+	return s.change(record, func(tx transaction) error {
+		key := []byte(u.Path())
+		if err := there(tx, bucketRules, key); err != nil {
+			return err
 		}
-		return tx.Bucket(bucketRules).Delete([]byte(u.Path()))
+		return tx.remove(bucketRules, key)
 	})
 }
 
 // RaiseMark sets the mark of a policy name; a lower version than the present
 // one is refused with cause policy-version-below-floor.
 func (s *Store) RaiseMark(name string, m adminclient.Mark, record func() error) error {
-	return s.change(record, func(tx *bolt.Tx) error {
+	return s.change(record, func(tx transaction) error {
 		old, err := s.mark(tx, name)
 		if err != nil {
 			return err
@@ -230,20 +270,20 @@ func (s *Store) RaiseMark(name string, m adminclient.Mark, record func() error) 
 		if err != nil {
 			return err
 		}
-		return tx.Bucket(bucketMarks).Put([]byte(name), s.seal(bucketMarks, []byte(name), b))
+		return s.put(tx, bucketMarks, []byte(name), b)
 	})
 }
 
 // Mark returns the mark of a policy name; zero when there is none.
 func (s *Store) Mark(name string) (m adminclient.Mark, err error) {
-	err = s.db.View(func(tx *bolt.Tx) error {
+	err = s.backend.view(func(tx transaction) error {
 		m, err = s.mark(tx, name)
 		return err
 	})
 	return m, err
 }
 
-func (s *Store) mark(tx *bolt.Tx, name string) (m adminclient.Mark, err error) {
+func (s *Store) mark(tx transaction, name string) (m adminclient.Mark, err error) {
 	b, err := s.get(tx, bucketMarks, []byte(name))
 	if errors.Is(err, errNotFound) {
 		return m, nil
@@ -267,7 +307,7 @@ type Grounds struct {
 // who tightens a rule and then replaces the resource must not have the new
 // bytes go out by the old rule.
 func (s *Store) Release(identity string, u kbs.ResourceURI, judge func(Grounds) error) (data []byte, err error) {
-	err = s.db.View(func(tx *bolt.Tx) error {
+	err = s.backend.view(func(tx transaction) error {
 		var g Grounds
 		b, err := s.get(tx, bucketInstances, []byte(identity))
 		if err == nil {
@@ -305,21 +345,19 @@ func (s *Store) Instance(identity string, now time.Time) (inst Instance, err err
 	if !errors.Is(err, errNotFound) {
 		return inst, err
 	}
-	err = s.db.Update(func(tx *bolt.Tx) error {
-		// Another session of the same guest may have been first.
-		if b, err := s.get(tx, bucketInstances, []byte(identity)); err == nil {
-			return json.Unmarshal(b, &inst)
-		} else if !errors.Is(err, errNotFound) {
-			return err
-		}
-		id := make([]byte, 16)
-		rand.Read(id)
-		inst = Instance{ID: hex.EncodeToString(id), FirstSeen: now.UTC()}
-		b, err := json.Marshal(inst)
-		if err != nil {
-			return err
-		}
-		return tx.Bucket(bucketInstances).Put([]byte(identity), s.seal(bucketInstances, []byte(identity), b))
-	})
-	return inst, err
+	// Another session of the same guest may be first: then its instance counts.
+	id := make([]byte, 16)
+	rand.Read(id)
+	if b, err = json.Marshal(Instance{ID: hex.EncodeToString(id), FirstSeen: now.UTC()}); err != nil {
+		return inst, err
+	}
+	key := []byte(identity)
+	sealed, err := s.backend.insert(bucketInstances, key, s.seal(bucketInstances, key, b))
+	if err != nil {
+		return inst, err
+	}
+	if b, err = s.unseal(bucketInstances, key, sealed); err != nil {
+		return inst, err
+	}
+	return inst, json.Unmarshal(b, &inst)
 }
