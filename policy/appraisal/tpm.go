@@ -66,10 +66,10 @@ func (v *TPM) Appraise(in Input) (*Appraisal, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := NewVerdict(CheckQuoteSignature, CheckQuoteMagic, CheckReportData, CheckPCRSelection, CheckPCRDigest, CheckAKBound)
+	t := NewVerdict(CheckQuoteSignature, CheckQuoteMagic, CheckPCRSelection, CheckPCRDigest, CheckAKBound)
 	facts := Facts{TEE: v.TEE(), Dialect: in.Dialect}
 
-	q.check(t, in.ReportData)
+	q.check(t, in)
 	if t.Outcome(CheckPCRDigest) == Passed {
 		facts.PCRs = q.covered()
 	}
@@ -189,7 +189,7 @@ func parseQuote(ev *kbs.TPMEvidence) (*quote, error) {
 }
 
 // check fills the rows that concern the quote alone.
-func (q *quote) check(t *Verdict, reportData [kbs.ReportDataSize]byte) {
+func (q *quote) check(t *Verdict, in Input) {
 	err := q.verify()
 	found := "valid"
 	if err != nil {
@@ -198,8 +198,7 @@ func (q *quote) check(t *Verdict, reportData [kbs.ReportDataSize]byte) {
 	t.Check(err == nil, CheckQuoteSignature, "RSASSA or ECDSA with SHA-256 under ak_public", found)
 	t.Check(q.attest.Magic.Check() == nil && q.info != nil, CheckQuoteMagic, "TPM_GENERATED and TPM_ST_ATTEST_QUOTE",
 		fmt.Sprintf("%#x and %#x", uint32(q.attest.Magic), uint16(q.attest.Type)))
-	t.Check(bytes.Equal(q.attest.ExtraData.Buffer, reportData[:32]), CheckReportData,
-		hex.EncodeToString(reportData[:32]), hex.EncodeToString(q.attest.ExtraData.Buffer))
+	checkExtraData(t, in, q.attest.ExtraData.Buffer)
 	if q.info == nil {
 		return
 	}
