@@ -190,6 +190,12 @@ func parseQuote(ev *kbs.TPMEvidence) (*quote, error) {
 
 // check fills the rows that concern the quote alone.
 func (q *quote) check(t *Verdict, in Input) {
+	q.checkSignature(t)
+	checkExtraData(t, in, q.attest.ExtraData.Buffer)
+	q.checkPCRs(t)
+}
+
+func (q *quote) checkSignature(t *Verdict) {
 	err := q.verify()
 	found := "valid"
 	if err != nil {
@@ -198,7 +204,9 @@ func (q *quote) check(t *Verdict, in Input) {
 	t.Check(err == nil, CheckQuoteSignature, "RSASSA or ECDSA with SHA-256 under ak_public", found)
 	t.Check(q.attest.Magic.Check() == nil && q.info != nil, CheckQuoteMagic, "TPM_GENERATED and TPM_ST_ATTEST_QUOTE",
 		fmt.Sprintf("%#x and %#x", uint32(q.attest.Magic), uint16(q.attest.Type)))
-	checkExtraData(t, in, q.attest.ExtraData.Buffer)
+}
+
+func (q *quote) checkPCRs(t *Verdict) {
 	if q.info == nil {
 		return
 	}
