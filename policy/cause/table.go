@@ -37,6 +37,8 @@ const (
 	BrokerProtocol     Code = "broker-protocol-error"
 	BrokerTLS          Code = "broker-tls-untrusted"
 	AttestationRefused Code = "attestation-refused"
+	EvidenceRefused    Code = "evidence-refused"
+	EvidenceMalformed  Code = "evidence-malformed"
 	TokenInvalid       Code = "token-invalid"
 	KeyRefused         Code = "key-refused"
 	KeyMalformed       Code = "key-malformed"
@@ -139,6 +141,8 @@ var Table = []Row{
 	{BrokerProtocol, ExitRefused, "the key broker answered outside its protocol"},
 	{BrokerTLS, ExitRefused, "the key broker's certificate does not chain to the policy's roots"},
 	{AttestationRefused, ExitRefused, "the key broker refused the evidence"},
+	{EvidenceRefused, ExitRefused, "a check of the evidence, or of the rule that it must satisfy, failed"},
+	{EvidenceMalformed, ExitMalformed, "the evidence, or a certificate or log beside it, cannot be decoded"},
 	{TokenInvalid, ExitRefused, "the broker's token is not by a key that the policy pins, or not over this session"},
 	{KeyRefused, ExitRefused, "the key broker refused the key"},
 	{KeyMalformed, ExitRefused, "the released key, its envelope or its wrapping is not usable"},

@@ -1,6 +1,6 @@
 // Command cvmctl is the tool of publishers and relying parties: it publishes
-// images, writes and signs policies, and administers a key broker. See
-// `cvmctl help`; exit statuses are those of package cause.
+// images, writes and signs policies, administers a key broker, and verifies
+// evidence. See `cvmctl help`; exit statuses are those of package cause.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/brokercmd"
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
+	"github.com/cc-runtime/cvm-agent/image-build/verifycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -43,8 +44,8 @@ func run(args []string) int {
 func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "cvmctl",
-		Short:         "Publish images for confidential VMs, write their policies, administer their key broker",
-		Long:          "cvmctl publishes images for confidential VMs, writes their policies and administers their key broker.\n\n" + cause.ExitHelp,
+		Short:         "Publish images for confidential VMs, write their policies, administer their key broker, verify their evidence",
+		Long:          "cvmctl publishes images for confidential VMs, writes their policies, administers their\nkey broker and verifies their evidence.\n\n" + cause.ExitHelp,
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -56,7 +57,7 @@ func command() *cobra.Command {
 			return cmd.Help()
 		},
 	}
-	root.AddCommand(publish.Command(), brokercmd.Command(), versionCommand())
+	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
 	root.SetVersionTemplate("cvmctl {{.Version}}\n")
 	usageErrors(root)

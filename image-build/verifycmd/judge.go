@@ -1,0 +1,214 @@
+package verifycmd
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
+)
+
+// The checks of this package, beside the appraisal's.
+const (
+	checkFreshness = "freshness"
+	checkRules     = "rules"
+	checkMark      = "version-mark"
+)
+
+// appraise asks the TEE's verifier.
+func (o *options) appraise(e *evidence, now time.Time) (*appraisal.Appraisal, error) {
+	in := appraisal.Input{
+		Dialect: kbs.DialectKBS, Primary: e.primary, Additional: e.add, InitData: e.initdata,
+		Nonce: e.nonce, Time: now, Offline: &appraisal.Offline{ReportData: e.reportData},
+	}
+	if e.recomputed {
+		copy(in.ReportData[:], e.reportData)
+	}
+	if err := o.dialect(e, &in); err != nil {
+		return nil, err
+	}
+	var a *appraisal.Appraisal
+	var err error
+	switch o.tee {
+	case "tpm":
+		a, err = o.tpm(e, in)
+	default:
+		err = cause.New(cause.Usage, "TEE %s is not verified here", o.tee)
+	}
+	if err != nil {
+		return nil, cause.Wrap(cause.EvidenceMalformed, err)
+	}
+	return a, nil
+}
+
+// dialect finds which dialect the evidence is of. An event log that only
+// report_data covers counts when report_data was recomputed from it, and is
+// taken out otherwise: anyone could have put another in its place.
+func (o *options) dialect(e *evidence, in *appraisal.Input) error {
+	a, _, err := kbs.DecodeAdditional(e.add)
+	if err != nil {
+		return malformed("%s: %w", o.in, err)
+	}
+	if len(a.EventLog) == 0 && len(a.Activation) == 0 && a.Instance == "" {
+		return nil
+	}
+	if o.tee != "snp" || e.recomputed {
+		if o.eventLog == "" {
+			in.Dialect = kbs.Dialect
+		}
+		return nil
+	}
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(e.add), &members); err != nil {
+		return malformed("%s: additional_evidence: %w", o.in, err)
+	}
+	for name := range members {
+		if strings.HasPrefix(name, "cvm-agent-") {
+			delete(members, name)
+		}
+	}
+	rest, err := json.Marshal(members)
+	if err != nil {
+		return err
+	}
+	in.Additional = string(rest)
+	e.rows = append(e.rows, row{name: appraisal.CheckEventLog, skipped: true,
+		found: "only report_data covers a log on plain SNP, and there is no runtime-data to compute it from: give the whole attest request"})
+	return nil
+}
+
+func (o *options) tpm(e *evidence, in appraisal.Input) (*appraisal.Appraisal, error) {
+	v := &appraisal.TPM{ListedEKs: o.listedEKs, TrustedAKs: o.trustedAKs}
+	for _, list := range []struct {
+		flag   string
+		values []string
+	}{{"--listed-ek", o.listedEKs}, {"--trusted-ak", o.trustedAKs}} {
+		for _, fp := range list.values {
+			if d, err := hex.DecodeString(fp); err != nil || len(d) != 32 || strings.ToLower(fp) != fp {
+				return nil, cause.New(cause.Usage, "%s %q is not 64 lowercase hex digits", list.flag, fp)
+			}
+		}
+	}
+	for _, r := range o.ekRoots {
+		set, err := rootSet(r)
+		if err != nil {
+			return nil, err
+		}
+		v.EKRoots = append(v.EKRoots, set)
+	}
+	// Without a certificate an AK was bound by a secret that only its broker knew.
+	if e.auth != nil && len(e.auth.AKCert) > 0 {
+		in.Pending = &appraisal.Pending{EKCert: e.auth.EKCert, AKPublic: e.auth.AKPublic, AKCert: e.auth.AKCert}
+	}
+	return v.Appraise(in)
+}
+
+// rootSet reads NAME=PATH, a file or a directory of *.pem and *.crt.
+func rootSet(arg string) (appraisal.RootSet, error) {
+	const max = 1 << 20
+	name, path, ok := strings.Cut(arg, "=")
+	if !ok || name == "" || path == "" {
+		return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots is %q, expected NAME=PATH", arg)
+	}
+	files, err := listed(path, ".pem", ".crt")
+	if err != nil {
+		return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots: %w", err)
+	}
+	var all []byte
+	for _, f := range files {
+		b, err := bounded.ReadFile(f, max)
+		if err != nil {
+			return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots: %w", err)
+		}
+		all = append(append(all, b...), '\n')
+	}
+	set, err := appraisal.ParseRoots(name, all)
+	return set, cause.Wrap(cause.Usage, err)
+}
+
+// listed is path itself, or the regular files in it whose extension is one of
+// those given (all when none is given), by name.
+func listed(path string, extensions ...string) ([]string, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !st.IsDir() {
+		return []string{path}, nil
+	}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, err
+	}
+	var files []string
+	for _, e := range entries {
+		if e.Type().IsRegular() && (len(extensions) == 0 || slices.Contains(extensions, filepath.Ext(e.Name()))) {
+			files = append(files, filepath.Join(path, e.Name()))
+		}
+	}
+	if len(files) == 0 {
+		return nil, errors.New(path + " has no usable file")
+	}
+	return files, nil
+}
+
+// rule reads --rules; nil when there are none.
+func (o *options) rule() (*release.Rule, error) {
+	if o.rules == "" {
+		return nil, nil
+	}
+	data, err := bounded.ReadFile(o.rules, release.MaxRuleSize)
+	if err != nil {
+		return nil, cause.New(cause.Usage, "--rules: %w", err)
+	}
+	return release.DecodeRule(data)
+}
+
+// judge completes the verdict: the rows of this package, and the rule's.
+func (o *options) judge(e *evidence, a *appraisal.Appraisal, rule *release.Rule, now time.Time) *report {
+	r := &report{verdict: a.Verdict}
+	for _, row := range e.rows {
+		if row.skipped {
+			r.verdict.Skip(row.name, row.expected, row.found)
+		} else {
+			r.verdict.Check(row.ok, row.name, row.expected, row.found)
+		}
+	}
+	err := a.Verdict.Refusal()
+	if err == nil {
+		r.facts = &a.Facts
+	}
+	switch {
+	case rule == nil:
+		r.verdict.Skip(checkRules, "", "no --rules: nothing is said about what was launched")
+	case err != nil:
+		r.verdict.Skip(checkRules, "", "evidence that is refused proves nothing to a rule")
+	default:
+		v := appraisal.Judge(a.Facts, *rule, func(string) uint64 { return 0 }, now)
+		r.verdict.Checks = append(r.verdict.Checks, v.Checks...)
+		r.verdict.Require(v.Required...)
+		r.verdict.Skip(checkMark, "", "a policy's version mark is the broker's to know")
+	}
+	if err := r.verdict.Refusal(); err != nil {
+		r.err = cause.New(cause.EvidenceRefused, "%s", reason(err))
+	}
+	return r
+}
+
+// reason is the text of a refusal without its code.
+func reason(err error) string {
+	var e *cause.Error
+	if errors.As(err, &e) {
+		return e.Err.Error()
+	}
+	return err.Error()
+}
