@@ -22,6 +22,7 @@ const (
 	CheckPolicyName    = "policy-name"
 	CheckPolicySigners = "policy-signers"
 	CheckPolicyVersion = "policy-version"
+	CheckPolicyHistory = "policy-history"
 	CheckImage         = "image"
 )
 
@@ -31,12 +32,18 @@ const (
 func Judge(f Facts, r release.Rule, marks func(policy string) uint64, now time.Time) *Verdict {
 	v := NewVerdict(CheckPlatform)
 	v.Check(slices.Contains(r.Platforms, f.TEE), CheckPlatform, strings.Join(r.Platforms, ", "), f.TEE)
-	if len(r.EKRoots) > 0 {
+	switch {
+	case len(r.EKRoots) > 0 && f.TEE != release.PlatformTPM && slices.Contains(r.Platforms, f.TEE):
+		v.Skip(CheckEKRoots, "", "for platform tpm alone")
+	case len(r.EKRoots) > 0:
 		v.Require(CheckEKRoots)
 		v.Check(slices.ContainsFunc(f.EKRoots, func(n string) bool { return slices.Contains(r.EKRoots, n) }),
 			CheckEKRoots, strings.Join(r.EKRoots, ", "), orNone(f.EKRoots))
 	}
 	judgePCRs(v, f, r)
+	judgeLaunch(v, f, r)
+	judgeSNP(v, f, r)
+	judgeTDX(v, f, r)
 	if f.Log != nil {
 		v.Check(!f.Log.Destroyed, CheckDestroyed, "no destroy event", found(f.Log.Destroyed))
 		v.Check(!f.Log.Debug, CheckDebug, "no debug event", found(f.Log.Debug))
@@ -79,7 +86,7 @@ func judgePCRs(v *Verdict, f Facts, r release.Rule) {
 // launch-bound initdata and the event log: evidence that left either out, as
 // dialect kbs does, fails here, so leaving out is no downgrade.
 func judgePolicy(v *Verdict, f Facts, r release.Rule, marks func(string) uint64, now time.Time) {
-	v.Require(CheckLaunch, CheckEventLog, CheckLaunchPolicy, CheckFirstEvent, CheckPolicyName, CheckPolicySigners, CheckPolicyVersion)
+	v.Require(CheckLaunch, CheckEventLog, CheckLaunchPolicy, CheckFirstEvent, CheckPolicyHistory, CheckPolicyName, CheckPolicySigners, CheckPolicyVersion)
 	if len(r.Images) > 0 {
 		v.Require(CheckImage)
 	}
@@ -107,6 +114,7 @@ func judgePolicy(v *Verdict, f Facts, r release.Rule, marks func(string) uint64,
 		v.Skip("running-policy-document", "", "after an upgrade the running document is not in the evidence; the log names its digest and signers")
 	}
 
+	judgeHistory(v, f.Log, *r.Policy)
 	// A staged set may have its keys while the old one still runs. The set that
 	// satisfies more is shown; one set has to satisfy everything.
 	best := judgeSet(f.Log.Running, "running", r, marks)
@@ -123,13 +131,7 @@ func judgeSet(s Set, which string, r release.Rule, marks func(string) uint64) *V
 	v := NewVerdict(CheckPolicyName, CheckPolicySigners, CheckPolicyVersion)
 	v.Check(s.Policy != "" && slices.Contains(p.Names, s.Policy), CheckPolicyName, strings.Join(p.Names, ", "), s.Policy+" ("+which+")")
 
-	var by []string
-	for _, fp := range slices.Compact(slices.Sorted(slices.Values(s.Signers))) {
-		if slices.Contains(p.Signers, fp) {
-			by = append(by, fp)
-		}
-	}
-	v.Check(len(by) >= p.Need(), CheckPolicySigners, fmt.Sprintf("%d of %s", p.Need(), strings.Join(p.Signers, ", ")), orNone(s.Signers))
+	v.Check(len(signedBy(s, *p)) >= p.Need(), CheckPolicySigners, fmt.Sprintf("%d of %s", p.Need(), strings.Join(p.Signers, ", ")), orNone(s.Signers))
 
 	lowest := max(1, p.MinimumVersion, marks(s.Policy))
 	v.Check(s.Version >= lowest, CheckPolicyVersion, fmt.Sprintf("at least %d", lowest), fmt.Sprint(s.Version))

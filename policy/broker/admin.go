@@ -78,9 +78,11 @@ func adminError(err error) error {
 		return err
 	case errors.Is(err, errNotFound):
 		return kbs.NewError(kbs.VariantPluginInternalError, "not found")
-	case cause.Of(err) == cause.Config:
+	}
+	switch cause.Of(err) {
+	case cause.Config, cause.PolicyMalformed, cause.PolicyUnknownField, cause.PolicyTooLarge:
 		return kbs.NewError(kbs.VariantSerdeError, "%s", err)
-	case cause.Of(err) == cause.PolicyBelowFloor:
+	case cause.PolicyBelowFloor, cause.PolicyInvalid, cause.PolicyUnsigned, cause.PolicySignature, cause.PolicyExpired, cause.PolicyOtherName:
 		return kbs.NewError(kbs.VariantPolicyDeny, "%s", err)
 	}
 	return err
@@ -123,6 +125,12 @@ func (s *Server) adminRoute(w http.ResponseWriter, r *http.Request) error {
 		}
 		return s.adminMark(w, r, name)
 	}
+	if path == adminclient.PathReferences || strings.HasPrefix(path, adminclient.PathReference) {
+		return s.adminReferences(w, r, strings.TrimPrefix(strings.TrimPrefix(path, adminclient.PathReferences), "/"))
+	}
+	if path == adminclient.PathInstances || strings.HasPrefix(path, adminclient.PathInstance) {
+		return s.adminInstances(w, r, strings.TrimPrefix(path, adminclient.PathInstance))
+	}
 	bucket := map[string][]byte{adminclient.PathResources: bucketResources, adminclient.PathRules: bucketRules}[path]
 	if bucket == nil || r.Method != http.MethodGet {
 		return kbs.NewError(kbs.VariantInvalidRequestPath, "Request path %s is invalid", path)
@@ -151,6 +159,9 @@ func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.Resourc
 			b, err := body(w, r, release.MaxRuleSize)
 			if err != nil {
 				return err
+			}
+			if s.documents != nil {
+				return kbs.NewError(kbs.VariantPolicyDeny, "rules are signed here: put a reference document")
 			}
 			rule, err := release.DecodeRuleJSON(b)
 			if err != nil {

@@ -260,7 +260,7 @@ func TestAgentDialectEndToEnd(t *testing.T) {
 	checkAudit(t, r, string(key))
 }
 
-func agentClaims(t *testing.T, r *running, token string) *kbs.CVMAgentClaims {
+func tokenClaims(t *testing.T, r *running, token string) *kbs.TokenClaims {
 	t.Helper()
 	pub, err := os.ReadFile(filepath.Join(r.dir, FileTokenPub))
 	if err != nil {
@@ -278,6 +278,12 @@ func agentClaims(t *testing.T, r *running, token string) *kbs.CVMAgentClaims {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c
+}
+
+func agentClaims(t *testing.T, r *running, token string) *kbs.CVMAgentClaims {
+	t.Helper()
+	c := tokenClaims(t, r, token)
 	if c.CVMAgent == nil {
 		t.Fatal("no cvm-agent claim")
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
 )
 
 // Config is the broker's configuration file, YAML, decoded strictly. Relative
@@ -35,7 +36,17 @@ type Config struct {
 	EKRoots          []RootConfig `json:"ekRoots,omitempty"`
 	ListedEKs        []string     `json:"listedEKs,omitempty"`  // SHA-256 of EK SPKIs
 	TrustedAKs       []string     `json:"trustedAKs,omitempty"` // SHA-256 of AK SPKIs, for dialect kbs
-	Limits           Limits       `json:"limits,omitzero"`
+	// RuleSigners, when given, makes signed reference documents the only rules
+	// of this broker: rules of single resources are refused and not looked at.
+	RuleSigners *RuleSignerConfig `json:"ruleSigners,omitempty"`
+	Limits      Limits            `json:"limits,omitzero"`
+}
+
+// RuleSignerConfig is a threshold of PEM files with public keys. A fingerprint
+// would not do: an envelope carries no key to compare with it.
+type RuleSignerConfig struct {
+	Keys      []string `json:"keys"`
+	Threshold int      `json:"threshold,omitempty"` // default 1
 }
 
 // TLSFiles names the server's certificate chain and key, PEM; the key's mode
@@ -92,6 +103,11 @@ func LoadConfig(path string) (*Config, error) {
 			resolve(dir, &c.EKRoots[i].Paths[j])
 		}
 	}
+	if r := c.RuleSigners; r != nil {
+		for i := range r.Keys {
+			resolve(dir, &r.Keys[i])
+		}
+	}
 	return &c, nil
 }
 
@@ -131,6 +147,14 @@ func (c *Config) validate() error {
 			return fmt.Errorf("ekRoots: %q has no name, no paths, or is there twice", r.Name)
 		}
 		names = append(names, r.Name)
+	}
+	if r := c.RuleSigners; r != nil {
+		if r.Threshold == 0 {
+			r.Threshold = 1
+		}
+		if len(r.Keys) == 0 || r.Threshold < 1 {
+			return errors.New("ruleSigners: expected at least one key and a threshold of at least 1")
+		}
 	}
 	for _, list := range [][]string{c.ListedEKs, c.TrustedAKs} {
 		for _, fp := range list {
@@ -275,4 +299,25 @@ func pemFiles(path string) ([]string, error) {
 		return nil, fmt.Errorf("%s has no *.pem or *.crt file", path)
 	}
 	return files, nil
+}
+
+// ruleSigners reads the keys that may sign reference documents; nil when none
+// are configured.
+func (c *Config) ruleSigners() (*RuleSigners, error) {
+	if c.RuleSigners == nil {
+		return nil, nil
+	}
+	out := &RuleSigners{Threshold: c.RuleSigners.Threshold}
+	for _, path := range c.RuleSigners.Keys {
+		b, err := bounded.ReadFile(path, maxPEMFile)
+		if err != nil {
+			return nil, cause.New(cause.Config, "ruleSigners: %w", err)
+		}
+		keys, err := dsse.ParsePublicKeysPEM(b)
+		if err != nil {
+			return nil, cause.New(cause.Config, "ruleSigners: %s: %w", path, err)
+		}
+		out.Keys = append(out.Keys, keys...)
+	}
+	return out, nil
 }

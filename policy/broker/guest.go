@@ -276,11 +276,12 @@ func (s *Server) release(n *session, u kbs.ResourceURI, rec *audit.Record) (stri
 		if g.Instance.Tombstone {
 			return kbs.NewError(kbs.VariantPolicyDeny, "instance %s is destroyed", g.Instance.ID)
 		}
-		if g.Rule == nil {
-			return kbs.NewError(kbs.VariantPolicyDeny, "there is no release rule for %s", u)
+		rule, err := s.rule(g, u)
+		if err != nil {
+			return err
 		}
 		m := &marks{mark: g.Mark}
-		v := appraisal.Judge(n.facts, *g.Rule, m.version, s.now())
+		v := appraisal.Judge(n.facts, *rule, m.version, s.now())
 		rec.Verdict = v.Summary()
 		if m.err != nil {
 			return fmt.Errorf("version mark: %w", m.err)

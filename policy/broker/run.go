@@ -106,6 +106,10 @@ func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error)
 	if err != nil {
 		return nil, err
 	}
+	signers, err := c.ruleSigners()
+	if err != nil {
+		return nil, err
+	}
 	store, err := OpenStore(c.Storage, kek)
 	if err != nil {
 		return nil, err
@@ -116,7 +120,7 @@ func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error)
 		return nil, err
 	}
 	return &Options{
-		Store: store, Audit: log, TokenKey: key, AdminHashes: hashes,
+		Store: store, Audit: log, TokenKey: key, AdminHashes: hashes, RuleSigners: signers,
 		MaxSessions: c.Limits.Sessions, Logger: logger, Now: time.Now,
 		Verifiers: []appraisal.Verifier{
 			&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},

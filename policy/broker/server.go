@@ -27,6 +27,7 @@ type Options struct {
 	Verifiers   []appraisal.Verifier
 	AdminHashes [][32]byte // SHA-256 of admin tokens; empty: the admin side is off
 	MaxSessions int        // at least 1
+	RuleSigners *RuleSigners
 	Logger      *slog.Logger
 	Now         func() time.Time
 }
@@ -39,6 +40,7 @@ type Server struct {
 	verifiers map[string]appraisal.Verifier
 	admin     [][32]byte
 	sessions  *sessions
+	documents *documents    // nil: rules are not signed here
 	large     chan struct{} // a place for each large body
 	log       *slog.Logger
 	now       func() time.Time
@@ -61,6 +63,11 @@ func New(o Options) (*Server, error) {
 		verifiers: map[string]appraisal.Verifier{},
 		sessions:  newSessions(o.MaxSessions, o.Now),
 		large:     make(chan struct{}, largeBodies),
+	}
+	if o.RuleSigners != nil {
+		if s.documents, err = newDocuments(*o.RuleSigners); err != nil {
+			return nil, err
+		}
 	}
 	for _, v := range o.Verifiers {
 		name := v.TEE()

@@ -31,7 +31,7 @@ var (
 	bucketMarks     = []byte("marks")
 	bucketInstances = []byte("instances")
 	bucketMeta      = []byte("meta")
-	buckets         = [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketMeta}
+	buckets         = [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketMeta, bucketReferences, bucketReferenceMarks, bucketReferenceIndex}
 	keyCheck        = []byte("kek-check")
 )
 
@@ -296,9 +296,10 @@ func (s *Store) mark(tx transaction, name string) (m adminclient.Mark, err error
 
 // Grounds is what a release is decided by, all of one moment.
 type Grounds struct {
-	Instance Instance
-	Rule     *release.Rule // nil: there is none
-	Mark     func(policy string) (adminclient.Mark, error)
+	Instance  Instance
+	Rule      *release.Rule // unsigned, of the resource alone; nil: there is none
+	Mark      func(policy string) (adminclient.Mark, error)
+	Reference func() (*StoredReference, error) // the document that the resource belongs to; nil: none
 }
 
 // Release returns a resource if judge, which sees the rule that is in force
@@ -326,6 +327,7 @@ func (s *Store) Release(identity string, u kbs.ResourceURI, judge func(Grounds) 
 			return fmt.Errorf("rule: %w", err)
 		}
 		g.Mark = func(policy string) (adminclient.Mark, error) { return s.mark(tx, policy) }
+		g.Reference = func() (*StoredReference, error) { return s.referenceFor(tx, u) }
 		if err := judge(g); err != nil {
 			return err
 		}

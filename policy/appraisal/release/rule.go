@@ -27,7 +27,7 @@ const MaxRuleSize = 256 << 10
 type Rule struct {
 	APIVersion string   `json:"apiVersion" jsonschema:"const=cvm-agent.release-rule/v1"`
 	Platforms  []string `json:"platforms"`         // KBS TEE names, at least one
-	EKRoots    []string `json:"ekRoots,omitempty"` // names of configured root sets; empty: any of them. "tpm" only
+	EKRoots    []string `json:"ekRoots,omitempty"` // for tpm: names of configured root sets; empty: any of them
 	// Policy names the launch policies. Exactly one of Policy and AnyPolicy is
 	// set: forgetting the policy is not a way to allow every policy.
 	Policy    *PolicyRule `json:"policy,omitempty"`
@@ -38,6 +38,11 @@ type Rule struct {
 	// PCRs pins SHA-256 PCRs by index ("0" to "23"): each value must be one of
 	// those listed, 64 lowercase hex digits.
 	PCRs map[string][]string `json:"pcrs,omitempty"`
+	// Launch are the known launches, of which the evidence must match one
+	// entirely. Left out: any launch, which PCRs may narrow.
+	Launch []Launch `json:"launch,omitempty"`
+	// TCB says which firmware is good enough. Left out, its defaults hold.
+	TCB *TCB `json:"tcb,omitempty"`
 }
 
 // PolicyRule says which launch policies may have the resource.
@@ -51,7 +56,7 @@ type PolicyRule struct {
 // DecodeRule reads a rule document, YAML or JSON, strictly.
 func DecodeRule(data []byte) (*Rule, error) {
 	var r Rule
-	if _, err := bounded.DecodeYAML(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 8}); err != nil {
+	if _, err := bounded.DecodeYAML(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 10}); err != nil {
 		return nil, cause.New(cause.Config, "release rule: %w", err)
 	}
 	if err := r.Validate(); err != nil {
@@ -63,7 +68,7 @@ func DecodeRule(data []byte) (*Rule, error) {
 // DecodeRuleJSON reads the JSON form alone, as it is stored and sent.
 func DecodeRuleJSON(data []byte) (*Rule, error) {
 	var r Rule
-	if err := bounded.DecodeJSON(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 8}); err != nil {
+	if err := bounded.DecodeJSON(data, &r, bounded.Limits{Bytes: MaxRuleSize, Depth: 10}); err != nil {
 		return nil, cause.New(cause.Config, "release rule: %w", err)
 	}
 	if err := r.Validate(); err != nil {
@@ -88,10 +93,20 @@ func (r Rule) Validate() error {
 	if len(r.Platforms) == 0 {
 		return fmt.Errorf("platforms is empty: name at least one")
 	}
-	known := []string{"snp", "tdx", "az-snp-vtpm", "az-tdx-vtpm", "tpm"}
 	for _, p := range r.Platforms {
-		if !slices.Contains(known, p) {
-			return fmt.Errorf("platforms: %q is none of %s", p, strings.Join(known, ", "))
+		if !slices.Contains(Platforms, p) {
+			return fmt.Errorf("platforms: %q is none of %s", p, strings.Join(Platforms, ", "))
+		}
+		if len(r.Launch) > 0 && !slices.ContainsFunc(r.Launch, func(l Launch) bool { return l.Platform == p }) {
+			return fmt.Errorf("launch: no launch of platform %s: it could never have the resource", p)
+		}
+	}
+	if err := first(validateLaunches("launch", r.Launch), r.TCB.validate("tcb")); err != nil {
+		return err
+	}
+	for i, l := range r.Launch {
+		if !slices.Contains(r.Platforms, l.Platform) {
+			return fmt.Errorf("launch[%d]: platform %s is not among platforms", i, l.Platform)
 		}
 	}
 	if (r.Policy != nil) == r.AnyPolicy {
