@@ -124,6 +124,7 @@ func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error)
 		MaxSessions: c.Limits.Sessions, Logger: logger, Now: time.Now,
 		Verifiers: []appraisal.Verifier{
 			&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
+			&appraisal.TDX{},
 		},
 	}, nil
 }
