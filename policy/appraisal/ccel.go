@@ -72,7 +72,7 @@ func replayCCEL(log []byte, rtmrs []string, rtmr3Explained bool) (int, error) {
 		has[e.Index] = true
 	}
 	for i, r := range bank.RTMRs {
-		if !has[i+1] && !zero(r.Digest) && (i != 3 || !rtmr3Explained) {
+		if !has[i+1] && !allZero(r.Digest) && (i != 3 || !rtmr3Explained) {
 			return 0, fmt.Errorf("RTMR%d is %x, the log has no event of it", i, r.Digest)
 		}
 	}

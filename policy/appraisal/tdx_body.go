@@ -45,7 +45,7 @@ func (q *tdxQuote) checkBody(t *Verdict) {
 	service := "no MRSERVICETD in this report"
 	bound := false
 	if q.serviceTD != nil {
-		bound = !zero(q.serviceTD)
+		bound = !allZero(q.serviceTD)
 		service = fmt.Sprintf("MRSERVICETD %x", q.serviceTD)
 	}
 	t.Check(a&tdxMigratable == 0 && !bound, CheckTDXMigratable, "attribute bit 29 (MIGRATABLE) and MRSERVICETD are zero", found+", "+service)
@@ -57,13 +57,13 @@ func (q *tdxQuote) checkBody(t *Verdict) {
 		fmt.Sprintf("bits %#x set, none outside %#x", tdxXFAMFixed1, tdxXFAMFixed0), fmt.Sprintf("%#x", x))
 
 	var wrong []string
-	if !zero(q.mrSignerSEAM()) {
+	if !allZero(q.mrSignerSEAM()) {
 		wrong = append(wrong, fmt.Sprintf("MRSIGNERSEAM %x", q.mrSignerSEAM()))
 	}
-	if !zero(q.seamAttributes()) {
+	if !allZero(q.seamAttributes()) {
 		wrong = append(wrong, fmt.Sprintf("SEAMATTRIBUTES %x", q.seamAttributes()))
 	}
-	if zero(q.mrSEAM()) {
+	if allZero(q.mrSEAM()) {
 		wrong = append(wrong, "MRSEAM is zero")
 	}
 	moduleFound := strings.Join(wrong, ", ")
@@ -71,13 +71,4 @@ func (q *tdxQuote) checkBody(t *Verdict) {
 		moduleFound = fmt.Sprintf("MRSEAM %x", q.mrSEAM())
 	}
 	t.Check(len(wrong) == 0, CheckTDXModule, "a TDX module signed by Intel: MRSIGNERSEAM and SEAMATTRIBUTES zero, MRSEAM not", moduleFound)
-}
-
-func zero(b []byte) bool {
-	for _, x := range b {
-		if x != 0 {
-			return false
-		}
-	}
-	return true
 }

@@ -68,7 +68,7 @@ func (q *tdxQuote) checkSignatures(t *Verdict, chain *pckChain) {
 	h := sha256.New()
 	h.Write(q.key)
 	h.Write(q.qeAuth)
-	want := append(h.Sum(nil), make([]byte, 32)...)
+	want := zeroPadded(h.Sum(nil), 64)
 	got := q.qeReport[qeReportDataFrom:]
 	t.Check(bytes.Equal(want, got), CheckTDXQEData, "SHA-256(attestation key || QE authentication data) "+hex.EncodeToString(want), hex.EncodeToString(got))
 }

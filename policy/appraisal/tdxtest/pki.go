@@ -103,7 +103,9 @@ func New(t testing.TB, c Config) *Platform {
 		check(t, err)
 		return cert
 	}
-	ca := func(tmpl *x509.Certificate) { tmpl.IsCA, tmpl.KeyUsage = true, x509.KeyUsageCertSign|x509.KeyUsageCRLSign }
+	ca := func(tmpl *x509.Certificate) {
+		tmpl.IsCA, tmpl.KeyUsage = true, x509.KeyUsageCertSign|x509.KeyUsageCRLSign
+	}
 	p.Root = issue("root", "Intel SGX Root CA", SerialRoot, nil, "root", ca)
 	p.CA = issue("ca", "Intel SGX PCK Platform CA", SerialCA, p.Root, "root", ca)
 	p.PCK = issue("pck", "Intel SGX PCK Certificate", SerialPCK, p.CA, "ca", func(tmpl *x509.Certificate) {
