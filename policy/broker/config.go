@@ -16,6 +16,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse"
 )
@@ -23,10 +24,17 @@ import (
 // Config is the broker's configuration file, YAML, decoded strictly. Relative
 // paths are relative to the file's directory.
 type Config struct {
-	Listen  string    `json:"listen"` // host:port; port 0 takes a free one
-	TLS     TLSFiles  `json:"tls"`
-	Storage string    `json:"storage"`
-	KEK     KEKSource `json:"kek"`
+	Listen string   `json:"listen"` // host:port; port 0 takes a free one
+	TLS    TLSFiles `json:"tls"`
+	// Name is the broker's in audit records, for several that share a database.
+	Name string `json:"name,omitempty"`
+	// MetricsListen is the host:port of GET /metrics, plain HTTP. Left out: there
+	// is none. It must not be where guests are.
+	MetricsListen string `json:"metricsListen,omitempty"`
+	// Exactly one of Storage, the file of the embedded storage, and Postgres.
+	Storage  string          `json:"storage,omitempty"`
+	Postgres *PostgresConfig `json:"postgres,omitempty"`
+	KEK      KEKSource       `json:"kek"`
 	// TokenKey is a PEM file with the ECDSA P-256 key that signs tokens, mode 0600.
 	TokenKey string `json:"tokenKey"`
 	// AdminTokenHashes is a file with the SHA-256 of admin tokens in hex, one a
@@ -39,6 +47,7 @@ type Config struct {
 	// RuleSigners, when given, makes signed reference documents the only rules
 	// of this broker: rules of single resources are refused and not looked at.
 	RuleSigners *RuleSignerConfig `json:"ruleSigners,omitempty"`
+	Collateral  *Collateral       `json:"collateral,omitempty"`
 	Limits      Limits            `json:"limits,omitzero"`
 }
 
@@ -49,6 +58,15 @@ type RuleSignerConfig struct {
 	Threshold int      `json:"threshold,omitempty"` // default 1
 }
 
+// PostgresConfig is a database that several brokers may share. They then need
+// the same KEK, token key and TLS root.
+type PostgresConfig struct {
+	// DSNFile (mode 0600) holds a libpq URL or key=value list: a password there
+	// is in no argument list and no environment.
+	DSNFile     string `json:"dsnFile"`
+	Connections int    `json:"connections,omitempty"` // at most, to the database; default 16
+}
+
 // TLSFiles names the server's certificate chain and key, PEM; the key's mode
 // is 0600.
 type TLSFiles struct {
@@ -56,12 +74,8 @@ type TLSFiles struct {
 	Key         string `json:"key"`
 }
 
-// KEKSource is exactly one of a file of 32 bytes with mode 0600 and the name
-// of a systemd credential.
-type KEKSource struct {
-	File       string `json:"file,omitempty"`
-	Credential string `json:"credential,omitempty"`
-}
+// KEKSource is where the key-encryption key comes from.
+type KEKSource = kek.Config
 
 // RootConfig is a named set of EK certificate issuers: PEM files, or
 // directories whose *.pem and *.crt files are read.
@@ -74,6 +88,10 @@ type RootConfig struct {
 type Limits struct {
 	Sessions    int `json:"sessions,omitempty"`    // default 10000
 	Connections int `json:"connections,omitempty"` // default 1024
+	// One peer is an IPv4 address or an IPv6 /64.
+	PeerRate        int `json:"peerRate,omitempty"`        // requests a second; default 500, -1: no limit
+	PeerBurst       int `json:"peerBurst,omitempty"`       // default 4 times the rate
+	PeerConnections int `json:"peerConnections,omitempty"` // default 0: no limit of its own
 }
 
 const (
@@ -98,6 +116,16 @@ func LoadConfig(path string) (*Config, error) {
 	for _, p := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.Storage, &c.KEK.File, &c.TokenKey, &c.AdminTokenHashes, &c.AuditLog} {
 		resolve(dir, p)
 	}
+	if p := c.Postgres; p != nil {
+		resolve(dir, &p.DSNFile)
+	}
+	if p := c.KEK.PKCS11; p != nil {
+		resolve(dir, &p.PINFile)
+	}
+	if p := c.Collateral; p != nil {
+		resolve(dir, &p.Cache)
+		resolve(dir, &p.ProxyRoots)
+	}
 	for i := range c.EKRoots {
 		for j := range c.EKRoots[i].Paths {
 			resolve(dir, &c.EKRoots[i].Paths[j])
@@ -120,26 +148,29 @@ func resolve(dir string, p *string) {
 func (c *Config) validate() error {
 	for name, v := range map[string]string{
 		"listen": c.Listen, "tls.certificate": c.TLS.Certificate, "tls.key": c.TLS.Key,
-		"storage": c.Storage, "tokenKey": c.TokenKey, "auditLog": c.AuditLog,
+		"tokenKey": c.TokenKey, "auditLog": c.AuditLog,
 	} {
 		if v == "" {
 			return fmt.Errorf("%s is missing", name)
 		}
 	}
-	if (c.KEK.File == "") == (c.KEK.Credential == "") {
-		return errors.New("set exactly one of kek.file and kek.credential")
+	if (c.Storage == "") == (c.Postgres == nil) {
+		return errors.New("set exactly one of storage and postgres")
 	}
-	if strings.ContainsAny(c.KEK.Credential, "/\x00") || strings.HasPrefix(c.KEK.Credential, ".") {
-		return fmt.Errorf("kek.credential %q is not a name", c.KEK.Credential)
+	if p := c.Postgres; p != nil && (p.DSNFile == "" || p.Connections < 0 || p.Connections > maxPostgres) {
+		return fmt.Errorf("postgres: dsnFile is missing, or connections is not 1 to %d", maxPostgres)
 	}
-	if c.Limits.Sessions == 0 {
-		c.Limits.Sessions = 10000
+	if len(c.Name) > 64 || strings.ContainsFunc(c.Name, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return errors.New("name must be at most 64 printable ASCII characters without spaces")
 	}
-	if c.Limits.Connections == 0 {
-		c.Limits.Connections = 1024
+	if err := c.KEK.Validate(); err != nil {
+		return err
 	}
-	if c.Limits.Sessions < 1 || c.Limits.Sessions > 1e6 || c.Limits.Connections < 1 || c.Limits.Connections > 1e5 {
-		return errors.New("limits: sessions must be 1 to 1000000, connections 1 to 100000")
+	if err := c.Collateral.validate(); err != nil {
+		return err
+	}
+	if err := c.Limits.complete(); err != nil {
+		return err
 	}
 	var names []string
 	for _, r := range c.EKRoots {
@@ -166,36 +197,26 @@ func (c *Config) validate() error {
 	return nil
 }
 
-// secretFile reads a file that nobody but its owner may read.
-func secretFile(path string, max int64) ([]byte, error) {
-	st, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
-	}
-	if m := st.Mode(); !m.IsRegular() || m.Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s has mode %s: it must be a regular file that only its owner can read", path, m)
-	}
-	return bounded.ReadFile(path, max)
-}
-
-// kek reads the key-encryption key; credentials is systemd's credential
-// directory, empty when there is none.
-func (c *Config) kek(credentials string) ([]byte, error) {
-	path := c.KEK.File
-	if c.KEK.Credential != "" {
-		if credentials == "" {
-			return nil, cause.New(cause.Config, "kek.credential %q: systemd passed no credentials directory", c.KEK.Credential)
+// complete fills in the defaults.
+func (l *Limits) complete() error {
+	for _, d := range []struct {
+		p *int
+		v int
+	}{{&l.Sessions, 10000}, {&l.Connections, 1024}, {&l.PeerRate, 500}} {
+		if *d.p == 0 {
+			*d.p = d.v
 		}
-		path = filepath.Join(credentials, c.KEK.Credential)
 	}
-	b, err := secretFile(path, kekSize)
-	if err != nil {
-		return nil, cause.New(cause.Config, "KEK: %w", err)
+	if l.PeerBurst == 0 {
+		l.PeerBurst = 4 * max(1, l.PeerRate)
 	}
-	if len(b) != kekSize {
-		return nil, cause.New(cause.Config, "KEK: %s has %d bytes, expected %d", path, len(b), kekSize)
+	if l.Sessions < 1 || l.Sessions > 1e6 || l.Connections < 1 || l.Connections > 1e5 {
+		return errors.New("limits: sessions must be 1 to 1000000, connections 1 to 100000")
 	}
-	return b, nil
+	if l.PeerRate < -1 || l.PeerRate > 1e6 || l.PeerBurst < 1 || l.PeerBurst > 1e7 || l.PeerConnections < 0 {
+		return errors.New("limits: peerRate must be -1 or 1 to 1000000, peerBurst 1 to 10000000, peerConnections at least 0")
+	}
+	return nil
 }
 
 func (c *Config) certificate() (tls.Certificate, error) {
@@ -203,7 +224,7 @@ func (c *Config) certificate() (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, cause.New(cause.Config, "tls.certificate: %w", err)
 	}
-	key, err := secretFile(c.TLS.Key, maxPEMFile)
+	key, err := kek.ReadSecret(c.TLS.Key, maxPEMFile)
 	if err != nil {
 		return tls.Certificate{}, cause.New(cause.Config, "tls.key: %w", err)
 	}
@@ -212,7 +233,7 @@ func (c *Config) certificate() (tls.Certificate, error) {
 }
 
 func (c *Config) tokenKey() (*ecdsa.PrivateKey, error) {
-	b, err := secretFile(c.TokenKey, maxPEMFile)
+	b, err := kek.ReadSecret(c.TokenKey, maxPEMFile)
 	if err != nil {
 		return nil, cause.New(cause.Config, "tokenKey: %w", err)
 	}

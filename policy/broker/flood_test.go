@@ -19,27 +19,28 @@ import (
 // A genuine TPM can have 2 MiB of initdata: attested sessions are bounded in
 // what they keep, not only in number.
 func TestSessionsAreBoundedInWhatTheyKeep(t *testing.T) {
-	s := newSessions(10000, time.Now)
+	s := memory(t, 10000, time.Now)
 	var last *session
 	for i := range 1000 {
-		last = s.open("tpm", kbs.DialectKBS, nil)
+		last = opened(t, s)
 		last.size = kbs.MaxBody
-		s.attested(last, strings.Repeat("t", i+1))
+		attestedNow(t, s, last, strings.Repeat("t", i+1))
 	}
-	if s.held > maxHeld || s.held != len(s.byToken)*kbs.MaxBody || s.get(last.id) != last {
+	if s.held > maxHeld || s.held != len(s.byToken)*kbs.MaxBody || !s.has(last) {
 		t.Errorf("%d bytes held by %d attested sessions, at most %d", s.held, len(s.byToken), maxHeld)
 	}
 	// What waits for its evidence holds nothing and is left alone.
-	waiting := s.open("tpm", kbs.DialectKBS, nil)
-	last = s.open("tpm", kbs.DialectKBS, nil)
+	waiting := opened(t, s)
+	last = opened(t, s)
 	last.size = kbs.MaxBody
-	s.attested(last, "one more")
-	if s.get(waiting.id) != waiting {
+	attestedNow(t, s, last, "one more")
+	if !s.has(waiting) {
 		t.Error("a session without evidence had to go")
 	}
-	for _, n := range []*session{last, waiting} {
-		s.end(n)
-		s.end(n)
+	for _, n := range []*session{last, waiting, last, waiting} {
+		if err := s.end(n); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if s.held != len(s.byToken)*kbs.MaxBody {
 		t.Errorf("%d bytes held by %d sessions", s.held, len(s.byToken))

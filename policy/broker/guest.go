@@ -47,7 +47,10 @@ func (s *Server) auth(w http.ResponseWriter, r *http.Request) error {
 			return kbs.NewError(kbs.VariantAttestationError, "%s", err)
 		}
 	}
-	n := s.sessions.open(req.TEE, dialect, pending)
+	n := newSession(req.TEE, dialect, pending, s.now())
+	if err := s.sessions.open(n); err != nil {
+		return err
+	}
 	challenge.Nonce = n.nonce
 	// No Path attribute, as Trustee sends it: clients then scope it to /kbs/v0.
 	http.SetCookie(w, &http.Cookie{Name: kbs.CookieName, Value: n.id})
@@ -56,10 +59,10 @@ func (s *Server) auth(w http.ResponseWriter, r *http.Request) error {
 }
 
 // cookieSession returns the live session of the request's cookie, or nil.
-func (s *Server) cookieSession(r *http.Request) *session {
+func (s *Server) cookieSession(r *http.Request) (*session, error) {
 	c, err := r.Cookie(kbs.CookieName)
 	if err != nil {
-		return nil
+		return nil, nil
 	}
 	return s.sessions.get(c.Value)
 }
@@ -68,7 +71,10 @@ func (s *Server) cookieSession(r *http.Request) *session {
 // its old token again; a session whose evidence was refused is over, because
 // its nonce and activation secret are good once.
 func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
-	n := s.cookieSession(r)
+	n, err := s.cookieSession(r)
+	if err != nil {
+		return err
+	}
 	if n == nil {
 		return kbs.NewError(kbs.VariantAttestationError, "no such session, or it is older than %s", SessionLife)
 	}
@@ -80,18 +86,25 @@ func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	if n.spent {
-		return kbs.NewError(kbs.VariantAttestationError, "this session's evidence was refused: open a new one")
+		return errSpent()
 	}
 	b, done, err := s.evidenceBody(w, r)
 	if err != nil {
 		return err
 	}
 	defer done()
-	n.spent = true
+	// Of two evidences for one nonce, here or at another broker, one is judged.
+	if won, err := s.sessions.claim(n); err != nil {
+		return err
+	} else if !won {
+		return errSpent()
+	}
 	rec := audit.Record{Op: "attest", Peer: peer(r), Session: n.label, TEE: n.tee, Dialect: n.dialect}
 	if err := s.judgeEvidence(n, b, &rec); err != nil {
-		s.sessions.end(n)
 		n.pending = nil
+		if eerr := s.sessions.end(n); eerr != nil { // it is spent all the same
+			s.log.Error("a refused session could not be removed", "session", n.label, "error", eerr)
+		}
 		rec.Outcome, rec.Reason = "refused", printable(err.Error())
 		if werr := s.audit.Write(rec); werr != nil {
 			return werr
@@ -101,14 +114,21 @@ func (s *Server) attest(w http.ResponseWriter, r *http.Request) error {
 	rec.Outcome = "ok"
 	// On record before it takes effect.
 	if err := s.audit.Write(rec); err != nil {
-		s.sessions.end(n)
+		n.token = ""
+		return errors.Join(err, s.sessions.end(n))
+	}
+	n.pending = nil
+	if err := s.sessions.attested(n); err != nil {
 		n.token = ""
 		return err
 	}
-	n.pending = nil
-	s.sessions.attested(n, n.token)
 	writeJSON(w, http.StatusOK, kbs.AttestResponse{Token: n.token})
 	return nil
+}
+
+// errSpent answers evidence for a nonce that other evidence was judged for.
+func errSpent() error {
+	return kbs.NewError(kbs.VariantAttestationError, "this session's nonce is spent: open a new one")
 }
 
 // Evidence of a usual launch is small. More than smallEvidence bytes are read
@@ -180,8 +200,10 @@ func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
 	}
 	a, err := s.verifiers[n.tee].Appraise(in)
 	if err != nil {
+		s.metrics.attestation(n.tee, nil)
 		return kbs.NewError(kbs.VariantAttestationError, "evidence: %s", err)
 	}
+	s.metrics.attestation(n.tee, a.Verdict)
 	rec.Verdict, rec.Identity = a.Verdict.Summary(), a.Facts.Identity
 	if err := a.Verdict.Refusal(); err != nil {
 		return kbs.NewError(kbs.VariantAttestationError, "%s", err)
@@ -215,7 +237,11 @@ func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
 
 // attestedSession finds the session by cookie, then by bearer token.
 func (s *Server) attestedSession(r *http.Request) (*session, error) {
-	if n := s.cookieSession(r); n != nil && n.attested() {
+	n, err := s.cookieSession(r)
+	if err != nil {
+		return nil, err
+	}
+	if n != nil && n.attested() {
 		return n, nil
 	}
 	h := r.Header.Get("Authorization")
@@ -226,8 +252,11 @@ func (s *Server) attestedSession(r *http.Request) (*session, error) {
 	if !ok {
 		return nil, kbs.NewError(kbs.VariantTokenNotFound, "Attestation Token not found: the authorization is not a bearer token")
 	}
-	// The exact token was issued by this process, or it is none.
-	if n := s.sessions.getByToken(token); n != nil && n.attested() {
+	// The exact token is one that was issued, or it is none.
+	if n, err = s.sessions.getByToken(token); err != nil {
+		return nil, err
+	}
+	if n != nil && n.attested() {
 		return n, nil
 	}
 	return nil, kbs.NewError(kbs.VariantTokenVerifierError, "the token is not one of a living session of this broker")
@@ -252,6 +281,7 @@ func (s *Server) resource(w http.ResponseWriter, r *http.Request, u kbs.Resource
 	}
 	jwe, err := s.release(n, u, &rec)
 	if err != nil {
+		s.metrics.releases.WithLabelValues("refused").Inc()
 		rec.Outcome, rec.Reason = "refused", printable(err.Error())
 		if werr := s.audit.Write(rec); werr != nil {
 			return werr
@@ -259,6 +289,7 @@ func (s *Server) resource(w http.ResponseWriter, r *http.Request, u kbs.Resource
 		return err
 	}
 	rec.Outcome = "ok"
+	s.metrics.releases.WithLabelValues("ok").Inc()
 	// On record before it leaves.
 	if err := s.audit.Write(rec); err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -57,9 +58,9 @@ func Init(o InitOptions) error {
 		return cause.New(cause.Usage, "%s has a %s already: nothing was changed", o.Dir, FileConfig)
 	}
 	files := map[string]file{}
-	kek := make([]byte, kekSize)
-	rand.Read(kek)
-	files["kek"] = file{kek, 0o600}
+	key := make([]byte, kek.Size)
+	rand.Read(key)
+	files["kek"] = file{key, 0o600}
 	if err := addTLS(files, o); err != nil {
 		return cause.Wrap(cause.Internal, err)
 	}

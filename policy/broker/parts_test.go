@@ -21,6 +21,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
@@ -57,35 +58,78 @@ func (named) Appraise(appraisal.Input) (*appraisal.Appraisal, error) {
 
 func verifiers(name string) []appraisal.Verifier { return []appraisal.Verifier{named(name)} }
 
+// opened is a new session in s.
+func opened(t *testing.T, s *memorySessions) *session {
+	t.Helper()
+	n := newSession("tpm", kbs.DialectKBS, nil, s.now())
+	if err := s.open(n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// attestedNow claims n, as an attestation does, and files it under token.
+func attestedNow(t *testing.T, s sessions, n *session, token string) {
+	t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if won, err := s.claim(n); !won || err != nil {
+		t.Fatalf("claim: %v, %v", won, err)
+	}
+	n.token = token
+	if err := s.attested(n); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func memory(t *testing.T, most int, now func() time.Time) *memorySessions {
+	t.Helper()
+	s, err := newSessions(nil, most, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *memorySessions) has(n *session) bool {
+	found, _ := s.get(n.id)
+	return found == n
+}
+
 func TestSessionsAreBoundedInNumberAndTime(t *testing.T) {
 	now := time.Unix(1000, 0)
-	s := newSessions(3, func() time.Time { return now })
-	first := s.open("tpm", kbs.DialectKBS, nil)
-	s.attested(first, "token")
-	if s.getByToken("token") != first || s.get(first.id) != first {
+	s := memory(t, 3, func() time.Time { return now })
+	first := opened(t, s)
+	attestedNow(t, s, first, "token")
+	if n, _ := s.getByToken("token"); n != first || !s.has(first) {
 		t.Fatal("the first session is not found")
 	}
 	seen := map[string]bool{}
 	for range 10000 {
-		n := s.open("tpm", kbs.DialectKBS, nil)
+		n := opened(t, s)
 		if seen[n.nonce] {
 			t.Fatal("a nonce twice")
 		}
 		seen[n.nonce] = true
 	}
-	if s.len() != 3 || s.order.Len() != 3 || len(s.byToken) != 0 {
-		t.Fatalf("%d sessions, %d in order, %d tokens; at most 3", s.len(), s.order.Len(), len(s.byToken))
+	if s.live() != 3 || s.order.Len() != 3 || len(s.byToken) != 0 {
+		t.Fatalf("%d sessions, %d in order, %d tokens; at most 3", s.live(), s.order.Len(), len(s.byToken))
 	}
-	last := s.open("tpm", kbs.DialectKBS, nil)
+	last := opened(t, s)
 	now = now.Add(SessionLife)
-	if s.get(last.id) != nil || s.len() != 0 {
+	if s.has(last) || s.live() != 0 {
 		t.Error("a session outlives its time")
 	}
 }
 
-func openStore(t *testing.T, path string, kek byte) (*Store, error) {
+// fixed is a KEK of the test's.
+type fixed []byte
+
+func (f fixed) DataKey([]byte) (key, keep []byte, err error) { return bytes.Clone(f), nil, nil }
+
+func openStore(t *testing.T, path string, b byte) (*Store, error) {
 	t.Helper()
-	return OpenStore(path, bytes.Repeat([]byte{kek}, kekSize))
+	return OpenStore(path, fixed(bytes.Repeat([]byte{b}, kek.Size)))
 }
 
 func onRecord() error { return nil }
@@ -215,17 +259,17 @@ func TestInitFilesAndModes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.kek(""); err != nil {
+	if _, err := c.KEK.Open(""); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(filepath.Join(dir, "kek"), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.kek(""); err == nil {
+	if _, err := c.KEK.Open(""); err == nil {
 		t.Error("a KEK that others can read was used")
 	}
 	c.KEK = KEKSource{Credential: "kek"}
-	if _, err := c.kek(""); err == nil {
+	if _, err := c.KEK.Open(""); err == nil {
 		t.Error("a credential without a credentials directory")
 	}
 	text, err := os.ReadFile(filepath.Join(dir, FileConfig))

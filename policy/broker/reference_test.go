@@ -140,7 +140,7 @@ func TestLesson25_ReferenceDocuments(t *testing.T) {
 
 	// Somebody with the storage and the KEK puts the old envelope back.
 	r.stop()
-	s, err := OpenStore(filepath.Join(r.dir, "broker.db"), readKEK(t, r.dir))
+	s, err := OpenStore(filepath.Join(r.dir, "broker.db"), fixed(readKEK(t, r.dir)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,13 +9,16 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/net/netutil"
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/collateral"
 	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -23,7 +26,7 @@ import (
 // one line, "listening on https://HOST:PORT", to out once it accepts
 // connections. credentials is systemd's credentials directory or empty.
 func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger, out io.Writer) error {
-	opts, err := c.open(credentials, logger)
+	opts, err := c.open(ctx, credentials, logger)
 	if err != nil {
 		return err
 	}
@@ -61,8 +64,16 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13},
 	}
+	metrics, err := c.serveMetrics(server.Metrics(), logger)
+	if err != nil {
+		_ = l.Close()
+		return err
+	}
+	defer metrics()
 	served := make(chan error, 1)
-	go func() { served <- h.ServeTLS(netutil.LimitListener(l, c.Limits.Connections), "", "") }()
+	go func() {
+		served <- h.ServeTLS(netutil.LimitListener(limitPeers(l, c.Limits.PeerConnections), c.Limits.Connections), "", "")
+	}()
 
 	fmt.Fprintf(out, "listening on https://%s\n", addr)
 	logger.Info("ready", "address", addr.String(), "tees", len(opts.Verifiers), "admin", len(opts.AdminHashes) > 0)
@@ -81,19 +92,41 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 	if serr := <-served; err == nil && !errors.Is(serr, http.ErrServerClosed) {
 		err = serr
 	}
+	if cerr := server.Close(); err == nil {
+		err = cerr
+	}
 	if werr := opts.Audit.Write(audit.Record{Op: "stop", Outcome: "ok"}); err == nil {
 		err = werr
 	}
 	return cause.Wrap(cause.Internal, err)
 }
 
+// serveMetrics serves them where the configuration says, until the function
+// that it returns is called. They say how much a broker is used, by whom not;
+// they are kept from guests by an address of their own.
+func (c *Config) serveMetrics(h http.Handler, logger *slog.Logger) (func(), error) {
+	if c.MetricsListen == "" {
+		return func() {}, nil
+	}
+	l, err := net.Listen("tcp", c.MetricsListen)
+	if err != nil {
+		return nil, cause.New(cause.Config, "metricsListen: %w", err)
+	}
+	s := &http.Server{
+		Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+	}
+	go func() { _ = s.Serve(netutil.LimitListener(l, 16)) }()
+	logger.Info("metrics", "address", "http://"+l.Addr().String()+"/metrics")
+	return func() { _ = s.Close() }, nil
+}
+
 // open reads every file that the configuration names.
-func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error) {
-	kek, err := c.kek(credentials)
+func (c *Config) open(ctx context.Context, credentials string, logger *slog.Logger) (*Options, error) {
+	k, err := c.KEK.Open(credentials)
 	if err != nil {
 		return nil, err
 	}
-	defer clear(kek)
 	key, err := c.tokenKey()
 	if err != nil {
 		return nil, err
@@ -110,11 +143,15 @@ func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error)
 	if err != nil {
 		return nil, err
 	}
-	store, err := OpenStore(c.Storage, kek)
+	vendors, err := c.Collateral.source()
 	if err != nil {
 		return nil, err
 	}
-	log, err := audit.Open(c.AuditLog, time.Now)
+	store, err := c.store(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	log, err := audit.OpenAs(c.Name, c.AuditLog, time.Now)
 	if err != nil {
 		_ = store.Close()
 		return nil, err
@@ -122,9 +159,26 @@ func (c *Config) open(credentials string, logger *slog.Logger) (*Options, error)
 	return &Options{
 		Store: store, Audit: log, TokenKey: key, AdminHashes: hashes, RuleSigners: signers,
 		MaxSessions: c.Limits.Sessions, Logger: logger, Now: time.Now,
-		Verifiers: []appraisal.Verifier{
-			&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
-			&appraisal.TDX{},
-		},
+		PeerRate: c.Limits.PeerRate, PeerBurst: c.Limits.PeerBurst,
+		Verifiers: c.verifiers(roots, vendors),
 	}, nil
+}
+
+// verifiers are those of every platform whose evidence is accepted.
+func (c *Config) verifiers(roots []appraisal.RootSet, vendors *collateral.Source) []appraisal.Verifier {
+	return []appraisal.Verifier{
+		&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
+		&appraisal.TDX{Collateral: vendors},
+	}
+}
+
+func (c *Config) store(ctx context.Context, k kek.Source) (*Store, error) {
+	if c.Postgres == nil {
+		return OpenStore(c.Storage, k)
+	}
+	dsn, err := kek.ReadSecret(c.Postgres.DSNFile, 4<<10)
+	if err != nil {
+		return nil, cause.New(cause.Config, "postgres.dsnFile: %w", err)
+	}
+	return OpenPostgresStore(ctx, strings.TrimSpace(string(dsn)), c.Postgres.Connections, k)
 }

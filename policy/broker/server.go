@@ -28,8 +28,11 @@ type Options struct {
 	AdminHashes [][32]byte // SHA-256 of admin tokens; empty: the admin side is off
 	MaxSessions int        // at least 1
 	RuleSigners *RuleSigners
-	Logger      *slog.Logger
-	Now         func() time.Time
+	// PeerRate is how many requests a second one peer may make for long, PeerBurst
+	// how many at once. A rate of 0 or less is no limit.
+	PeerRate, PeerBurst int
+	Logger              *slog.Logger
+	Now                 func() time.Time
 }
 
 // Server answers the KBS protocol and the admin side.
@@ -39,8 +42,10 @@ type Server struct {
 	issuer    *issuer
 	verifiers map[string]appraisal.Verifier
 	admin     [][32]byte
-	sessions  *sessions
-	documents *documents    // nil: rules are not signed here
+	documents *documents // nil: rules are not signed here
+	sessions  sessions
+	peers     *peers // nil: no limit
+	metrics   *metrics
 	large     chan struct{} // a place for each large body
 	log       *slog.Logger
 	now       func() time.Time
@@ -61,7 +66,6 @@ func New(o Options) (*Server, error) {
 	s := &Server{
 		store: o.Store, audit: o.Audit, issuer: i, admin: o.AdminHashes, log: o.Logger, now: o.Now,
 		verifiers: map[string]appraisal.Verifier{},
-		sessions:  newSessions(o.MaxSessions, o.Now),
 		large:     make(chan struct{}, largeBodies),
 	}
 	if o.RuleSigners != nil {
@@ -77,26 +81,84 @@ func New(o Options) (*Server, error) {
 		}
 		s.verifiers[name] = v
 	}
+	if s.sessions, err = o.Store.sessions(o.MaxSessions, o.Now); err != nil {
+		return nil, err
+	}
+	s.metrics = newMetrics(s.sessions.live)
+	s.watch()
+	if o.PeerRate > 0 {
+		s.peers = newPeers(o.PeerRate, max(1, o.PeerBurst), o.Now)
+	}
 	return s, nil
 }
+
+// Close keeps what sessions there are for the next start; nothing is to be
+// served any more. The store stays open.
+func (s *Server) Close() error { return s.sessions.close() }
 
 // ServeHTTP routes by the exact path: nothing is cleaned, decoded or
 // redirected, so that one resource has one path.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	err := s.route(w, r)
+	start, endpoint := time.Now(), endpoint(r.URL.Path)
+	err := s.admit(w, r)
 	if err == nil {
+		err = s.route(w, r)
+	}
+	if err == nil {
+		s.metrics.request(endpoint, "ok", start)
 		return
 	}
 	var e *kbs.Error
 	if !errors.As(err, &e) {
 		s.log.Error("request failed", "method", r.Method, "path", printable(r.URL.Path), "peer", peer(r), "error", err)
 		e = kbs.NewError(kbs.VariantPluginInternalError, "internal error")
+		if cause.Of(err) == cause.StorageFailed {
+			// Not the protocol's 401: another broker, or this one later, can answer.
+			e.Status = http.StatusServiceUnavailable
+		}
+	}
+	s.metrics.request(endpoint, e.Variant(), start)
+	if e.Status == http.StatusTooManyRequests { // counted; a line for each would be a flood of its own
+		writeJSON(w, e.Status, e.Body)
+		return
 	}
 	e.Body.Detail = printable(e.Body.Detail)
 	s.log.Info("refused", "method", r.Method, "path", printable(r.URL.Path), "peer", peer(r), "type", e.Variant(), "detail", e.Body.Detail)
 	writeJSON(w, e.Status, e.Body)
+}
+
+// admit holds a peer to its rate. Whoever watches over the broker is not held.
+func (s *Server) admit(w http.ResponseWriter, r *http.Request) error {
+	if s.peers == nil || r.URL.Path == pathHealth {
+		return nil
+	}
+	ok, wait := s.peers.admit(r.RemoteAddr)
+	if ok {
+		return nil
+	}
+	s.metrics.limited.Inc()
+	return limited(w, wait)
+}
+
+const pathHealth = "/healthz"
+
+// endpoint is a request's path as a metric's label.
+func endpoint(path string) string {
+	switch {
+	case path == pathHealth:
+		return "healthz"
+	case path == kbs.PathAuth:
+		return "auth"
+	case path == kbs.PathAttest:
+		return "attest"
+	case strings.HasPrefix(path, kbs.PathResource):
+		return "resource"
+	case strings.HasPrefix(path, "/admin/v0/"):
+		return "admin"
+	}
+	return "other"
 }
 
 func (s *Server) route(w http.ResponseWriter, r *http.Request) error {
@@ -105,7 +167,7 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) error {
 		return kbs.NewError(kbs.VariantInvalidRequestPath, "percent-encoding in the path")
 	}
 	switch {
-	case path == "/healthz" && r.Method == http.MethodGet:
+	case path == pathHealth && r.Method == http.MethodGet:
 		return s.health(w)
 	case path == kbs.PathAuth && r.Method == http.MethodPost:
 		return s.auth(w, r)

@@ -1,20 +1,26 @@
 package broker
 
 import (
-	"container/list"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
+	"fmt"
 	"sync"
 	"time"
 
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
 // SessionLife is how long a session and its token live.
 const SessionLife = 5 * time.Minute
+
+// maxHeld bounds the evidence behind all attested sessions together, in bytes:
+// any genuine TPM can have 2 MiB of initdata, ten thousand times.
+const maxHeld = 256 << 20
 
 // session is one run of the protocol. Its nonce, and the secret in pending,
 // are good for one attestation: a failed one ends the session.
@@ -25,43 +31,44 @@ type session struct {
 	tee     string
 	dialect string
 	expires time.Time
-	pending *appraisal.Pending
 
 	mu       sync.Mutex // held during an attestation, and to read what it left
 	spent    bool       // an attestation was tried
-	token    string     // set once attested
+	pending  *appraisal.Pending
+	token    string // set once attested
 	key      kbs.TEEPubKey
 	facts    appraisal.Facts
 	instance Instance
 	size     int // bytes of the evidence whose facts are kept
 
-	element *list.Element
-	digest  [32]byte // of the token, the key in sessions.byToken
+	inMemory
 }
-
-// maxHeld bounds the evidence behind all attested sessions together, in bytes:
-// any genuine TPM can have 2 MiB of initdata, ten thousand times.
-const maxHeld = 256 << 20
 
 // sessions holds the sessions, bounded in number, time and what they keep.
 // When it is full the oldest one goes, so that nobody can lock others out for
 // longer than it takes them to start again.
-type sessions struct {
-	mu      sync.Mutex
-	most    int
-	held    int // sum of the sizes of attested sessions
-	now     func() time.Time
-	byID    map[string]*session
-	byToken map[[32]byte]*session
-	order   *list.List // by age, oldest first; all live equally long
+type sessions interface {
+	// open keeps a new session.
+	open(n *session) error
+	// get returns the live session of a cookie, or nil.
+	get(id string) (*session, error)
+	// getByToken returns the live session that the exact token was issued to.
+	getByToken(token string) (*session, error)
+	// claim consumes a session's nonce. Of all claims, by however many brokers,
+	// one at most is granted.
+	claim(n *session) (bool, error)
+	// attested files a claimed session under its token; it need not live any more.
+	attested(n *session) error
+	// end forgets a session.
+	end(n *session) error
+	// live is about how many there are.
+	live() int
+	// close keeps, where sessions would be lost otherwise, what can go on later.
+	close() error
 }
 
-func newSessions(most int, now func() time.Time) *sessions {
-	return &sessions{most: most, now: now, byID: map[string]*session{}, byToken: map[[32]byte]*session{}, order: list.New()}
-}
-
-// open makes a session with a new random id and nonce.
-func (s *sessions) open(tee, dialect string, pending *appraisal.Pending) *session {
+// newSession makes a session with a new random id and nonce.
+func newSession(tee, dialect string, pending *appraisal.Pending, now time.Time) *session {
 	id, nonce := make([]byte, 16), make([]byte, kbs.NonceSize)
 	rand.Read(id)
 	rand.Read(nonce)
@@ -70,92 +77,69 @@ func (s *sessions) open(tee, dialect string, pending *appraisal.Pending) *sessio
 		nonce:   base64.StdEncoding.EncodeToString(nonce),
 		tee:     tee,
 		dialect: dialect,
-		expires: s.now().Add(SessionLife),
+		expires: now.Add(SessionLife).UTC(),
 		pending: pending,
 	}
-	label := sha256.Sum256([]byte(n.id))
-	n.label = hex.EncodeToString(label[:8])
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.expire()
-	for len(s.byID) >= s.most {
-		s.remove(s.order.Front().Value.(*session))
-	}
-	n.element = s.order.PushBack(n)
-	s.byID[n.id] = n
+	n.label = label(n.id)
 	return n
 }
 
-// get returns the live session of a cookie, or nil.
-func (s *sessions) get(id string) *session {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.expire()
-	return s.byID[id]
+// idKey is what a store calls a session, the cookie's SHA-256 in hex: who reads the
+// store has no cookie.
+func idKey(id string) []byte {
+	d := sha256.Sum256([]byte(id))
+	return []byte(hex.EncodeToString(d[:]))
 }
 
-// getByToken returns the live session that the exact token was issued to.
-func (s *sessions) getByToken(token string) *session {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.expire()
-	return s.byToken[sha256.Sum256([]byte(token))]
+func label(id string) string { return string(idKey(id)[:16]) }
+
+// keptSession is a session at rest. It holds the secret of a challenge and a
+// token, so it is only ever written sealed.
+type keptSession struct {
+	ID       string             `json:"id"`
+	Nonce    string             `json:"nonce"`
+	TEE      string             `json:"tee"`
+	Dialect  string             `json:"dialect"`
+	Expires  time.Time          `json:"expires"`
+	Pending  *appraisal.Pending `json:"pending,omitempty"`
+	Token    string             `json:"token,omitempty"`
+	Key      kbs.TEEPubKey      `json:"key"`
+	Facts    appraisal.Facts    `json:"facts"`
+	Initdata *keptInitdata      `json:"initdata,omitempty"`
+	Instance Instance           `json:"instance"`
+	Size     int                `json:"size"`
 }
 
-// attested files the session under its token.
-func (s *sessions) attested(n *session, token string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.byID[n.id] != n {
-		return // it expired meanwhile
+// keptInitdata is what facts leave out of their JSON.
+type keptInitdata struct {
+	Algorithm string            `json:"algorithm"`
+	Data      map[string]string `json:"data"`
+}
+
+// encode is called by who holds n.mu, or has n alone.
+func (n *session) encode() ([]byte, error) {
+	k := keptSession{
+		ID: n.id, Nonce: n.nonce, TEE: n.tee, Dialect: n.dialect, Expires: n.expires, Pending: n.pending,
+		Token: n.token, Key: n.key, Facts: n.facts, Instance: n.instance, Size: n.size,
 	}
-	n.digest = sha256.Sum256([]byte(token))
-	s.byToken[n.digest] = n
-	s.held += n.size
-	for e := s.order.Front(); e != nil && s.held > maxHeld; {
-		old := e.Value.(*session)
-		e = e.Next()
-		if old != n && s.byToken[old.digest] == old {
-			s.remove(old)
-		}
+	if l := n.facts.Launch; l != nil && l.Initdata != nil {
+		k.Initdata = &keptInitdata{l.Initdata.Algorithm, l.Initdata.Data}
 	}
+	return json.Marshal(k)
 }
 
-// end forgets a session.
-func (s *sessions) end(n *session) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.remove(n)
-}
-
-// expire drops what is past its life; the caller holds mu.
-func (s *sessions) expire() {
-	now := s.now()
-	for e := s.order.Front(); e != nil; e = s.order.Front() {
-		n := e.Value.(*session)
-		if now.Before(n.expires) {
-			return
-		}
-		s.remove(n)
+// decodeSession reads what was sealed by encode.
+func decodeSession(b []byte) (*session, error) {
+	var k keptSession
+	if err := json.Unmarshal(b, &k); err != nil {
+		return nil, fmt.Errorf("a stored session: %w", err)
 	}
-}
-
-// remove forgets n; the caller holds mu.
-func (s *sessions) remove(n *session) {
-	if s.byID[n.id] != n {
-		return
+	n := &session{
+		id: k.ID, label: label(k.ID), nonce: k.Nonce, tee: k.TEE, dialect: k.Dialect, expires: k.Expires, pending: k.Pending,
+		token: k.Token, key: k.Key, facts: k.Facts, instance: k.Instance, size: k.Size,
 	}
-	delete(s.byID, n.id)
-	if s.byToken[n.digest] == n {
-		delete(s.byToken, n.digest)
-		s.held -= n.size
+	if l := n.facts.Launch; l != nil && k.Initdata != nil {
+		l.Initdata = &policy.Initdata{Algorithm: k.Initdata.Algorithm, Data: k.Initdata.Data}
 	}
-	s.order.Remove(n.element)
-}
-
-func (s *sessions) len() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.byID)
+	return n, nil
 }

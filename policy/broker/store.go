@@ -13,12 +13,10 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
-
-// kekSize is the size of the key-encryption key, in bytes (AES-256).
-const kekSize = 32
 
 // MaxResource bounds one resource, in bytes.
 const MaxResource = 1 << 20
@@ -31,8 +29,9 @@ var (
 	bucketMarks     = []byte("marks")
 	bucketInstances = []byte("instances")
 	bucketMeta      = []byte("meta")
-	buckets         = [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketMeta, bucketReferences, bucketReferenceMarks, bucketReferenceIndex}
+	buckets         = [][]byte{bucketResources, bucketRules, bucketMarks, bucketInstances, bucketSessions, bucketMeta, bucketReferences, bucketReferenceMarks, bucketReferenceIndex}
 	keyCheck        = []byte("kek-check")
+	keyData         = []byte("data-key") // wrapped by a token; not sealed
 )
 
 // Instance is one guest that has attested, known by its attested key.
@@ -60,6 +59,8 @@ type backend interface {
 	view(f func(tx transaction) error) error
 	// update sees what every earlier update wrote, and no other runs beside it.
 	update(f func(tx transaction) error) error
+	// get is a view of one value, nil when there is none.
+	get(bucket, key []byte) ([]byte, error)
 	// insert is update for a value that is made once and is in the way of many
 	// at the same time: it keeps a value that is there and returns what is there
 	// after it. Concurrent ones may share the cost of becoming durable.
@@ -76,42 +77,56 @@ type Store struct {
 	aead    cipher.AEAD
 }
 
-// newStore seals b under kek, which has 32 bytes; a KEK other than the one that
-// the backend was first used with is refused. It closes b when it fails.
-func newStore(b backend, kek []byte) (*Store, error) {
+// newStore seals b under the data key of k; a KEK other than the one that the
+// backend was first used with is refused. It closes b when it fails.
+func newStore(b backend, k kek.Source) (*Store, error) {
 	s := &Store{backend: b}
-	if err := s.prepare(kek); err != nil {
+	if err := b.update(func(tx transaction) error { return s.unlock(tx, k) }); err != nil {
 		_ = b.close()
-		return nil, err
+		return nil, cause.New(cause.StorageFailed, "storage: %w", err)
 	}
 	return s, nil
 }
 
-func (s *Store) prepare(kek []byte) error {
-	if len(kek) != kekSize {
-		return cause.New(cause.Config, "the KEK has %d bytes, expected %d", len(kek), kekSize)
-	}
-	block, err := aes.NewCipher(kek)
+// unlock gets the data key. It runs in a transaction so that of brokers that
+// start together on an empty database one alone makes a key.
+func (s *Store) unlock(tx transaction, k kek.Source) error {
+	check, err := tx.read(bucketMeta, keyCheck)
 	if err != nil {
-		return cause.Wrap(cause.Internal, err)
+		return err
+	}
+	kept, err := tx.read(bucketMeta, keyData)
+	if err != nil {
+		return err
+	}
+	other := errors.New("the KEK is not the one that this storage was made with")
+	key, keep, err := k.DataKey(kept)
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return err
 	}
 	if s.aead, err = cipher.NewGCMWithRandomNonce(block); err != nil {
-		return cause.Wrap(cause.Internal, err)
+		return err
 	}
-	err = s.backend.update(func(tx transaction) error {
-		_, err := s.get(tx, bucketMeta, keyCheck)
-		if errors.Is(err, errNotFound) {
-			return s.put(tx, bucketMeta, keyCheck, nil)
-		}
-		if err != nil {
-			return errors.New("the KEK is not the one that this storage was made with")
+	if check != nil {
+		if _, err := s.unseal(bucketMeta, keyCheck, check); err != nil || keep != nil {
+			return other
 		}
 		return nil
-	})
-	if err != nil {
-		return cause.New(cause.StorageFailed, "storage: %w", err)
 	}
-	return nil
+	if kept != nil { // somebody removed the check
+		return other
+	}
+	if keep != nil {
+		if err := tx.write(bucketMeta, keyData, keep); err != nil {
+			return err
+		}
+	}
+	return s.put(tx, bucketMeta, keyCheck, nil)
 }
 
 // Close closes the backend.
@@ -150,12 +165,15 @@ func (s *Store) put(tx transaction, bucket, key, value []byte) error {
 	return tx.write(bucket, key, s.seal(bucket, key, value))
 }
 
-func (s *Store) read(bucket []byte, key string) (value []byte, err error) {
-	err = s.backend.view(func(tx transaction) error {
-		value, err = s.get(tx, bucket, []byte(key))
-		return err
-	})
-	return value, err
+func (s *Store) read(bucket []byte, key string) ([]byte, error) {
+	sealed, err := s.backend.get(bucket, []byte(key))
+	if err != nil {
+		return nil, err
+	}
+	if sealed == nil {
+		return nil, errNotFound
+	}
+	return s.unseal(bucket, []byte(key), sealed)
 }
 
 // change runs a transaction and, once it is known to apply, record: when that
@@ -275,16 +293,17 @@ func (s *Store) RaiseMark(name string, m adminclient.Mark, record func() error) 
 }
 
 // Mark returns the mark of a policy name; zero when there is none.
-func (s *Store) Mark(name string) (m adminclient.Mark, err error) {
-	err = s.backend.view(func(tx transaction) error {
-		m, err = s.mark(tx, name)
-		return err
-	})
-	return m, err
+func (s *Store) Mark(name string) (adminclient.Mark, error) {
+	b, err := s.read(bucketMarks, name)
+	return decodeMark(b, err)
 }
 
-func (s *Store) mark(tx transaction, name string) (m adminclient.Mark, err error) {
+func (s *Store) mark(tx transaction, name string) (adminclient.Mark, error) {
 	b, err := s.get(tx, bucketMarks, []byte(name))
+	return decodeMark(b, err)
+}
+
+func decodeMark(b []byte, err error) (m adminclient.Mark, _ error) {
 	if errors.Is(err, errNotFound) {
 		return m, nil
 	}

@@ -6,20 +6,21 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
 // boltBackend is the embedded storage: one file, one process.
 type boltBackend struct{ db *bolt.DB }
 
-// OpenStore opens or creates embedded storage, a file of mode 0600. kek has 32
-// bytes; a KEK other than the one that the file was made with is refused.
-func OpenStore(path string, kek []byte) (*Store, error) {
+// OpenStore opens or creates embedded storage, a file of mode 0600. A KEK other
+// than the one that the file was made with is refused.
+func OpenStore(path string, k kek.Source) (*Store, error) {
 	b, err := openBolt(path)
 	if err != nil {
 		return nil, err
 	}
-	return newStore(b, kek)
+	return newStore(b, k)
 }
 
 func openBolt(path string) (*boltBackend, error) {
@@ -53,6 +54,14 @@ func (b *boltBackend) view(f func(tx transaction) error) error {
 
 func (b *boltBackend) update(f func(tx transaction) error) error {
 	return b.db.Update(func(tx *bolt.Tx) error { return f(boltTx{tx}) })
+}
+
+func (b *boltBackend) get(bucket, key []byte) (sealed []byte, err error) {
+	err = b.db.View(func(tx *bolt.Tx) error {
+		sealed = bytes.Clone(tx.Bucket(bucket).Get(key))
+		return nil
+	})
+	return sealed, err
 }
 
 func (b *boltBackend) insert(bucket, key, sealed []byte) (is []byte, err error) {

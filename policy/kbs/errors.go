@@ -20,6 +20,7 @@ const (
 	VariantTokenVerifierError  = "TokenVerifierError"  // the bearer token is not by this broker or has expired
 	VariantSerdeError          = "SerdeError"          // the body cannot be decoded
 	VariantJWEError            = "JweError"            // the resource cannot be encrypted to the TEE key
+	VariantRateLimited         = "RateLimited"         // 429 with Retry-After, our broker's: to be tried again
 	VariantAdminAuthAccess     = "AdminAuthAccess"     // the admin token is missing or wrong
 )
 
