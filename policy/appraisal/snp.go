@@ -20,10 +20,10 @@ const (
 	CheckSNPVersion    = "report-version"
 	CheckSNPReserved   = "reserved-bits"
 	CheckSNPAlgorithm  = "signature-algorithm"
-	CheckSNPSigningKey = "signing-key"
+	CheckSNPSigningKey = CheckSigningKey // a rule may ask for more in a row of the same name
 	CheckSNPChain      = "vendor-chain"
 	CheckSNPDates      = "certificate-dates"
-	CheckSNPRevocation = "revocation"
+	CheckSNPRevocation = CheckRevocation
 	CheckSNPSignature  = "report-signature"
 	CheckSNPProduct    = "product"
 	CheckSNPChip       = "chip-id"
@@ -33,7 +33,7 @@ const (
 	CheckSNPDebug      = "guest-policy-debug"
 	CheckSNPMigration  = "guest-policy-migration"
 	CheckSNPAuthorKey  = "author-key"
-	CheckSNPVMPL       = "vmpl"
+	CheckSNPVMPL       = CheckVMPL
 )
 
 var snpRequired = []string{

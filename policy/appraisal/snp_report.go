@@ -11,12 +11,10 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
-// Bits of the guest policy (SEV-SNP ABI 1.58, table 10).
+// More bits of the guest policy (SEV-SNP ABI 1.58, table 10).
 const (
-	snpPolicyOne     = 1 << 17 // must be one
-	snpPolicyMigrate = 1 << 18
-	snpPolicyDebug   = 1 << 19
-	snpPolicyKnown   = 1<<26 - 1
+	snpPolicyOne   = 1 << 17 // must be one
+	snpPolicyKnown = 1<<26 - 1
 )
 
 // snpAlgorithm is ECDSA P-384 with SHA-384, the only one of the ABI.
