@@ -8,6 +8,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"reflect"
 	"strings"
 
@@ -26,22 +27,33 @@ var documentSource string
 // Schema is the JSON Schema (2020-12) of the policy document, indented, for
 // editors. It is derived from the types, and looser than Validate.
 func Schema() ([]byte, error) {
-	comments, err := fieldComments(documentSource)
-	if err != nil {
-		return nil, fmt.Errorf("schema: %w", err)
+	return SchemaOf(&Policy{}, SchemaID, "Launch policy of cvm-agent", func(t reflect.Type) *jsonschema.Schema {
+		switch t {
+		case reflect.TypeFor[Duration]():
+			return &jsonschema.Schema{Type: "string", Pattern: `^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$`}
+		case reflect.TypeFor[Platform]():
+			return &jsonschema.Schema{Type: "string", Enum: []any{PlatformSNP, PlatformTDX, PlatformAzSNPvTPM, PlatformAzTDXvTPM, PlatformTPM}}
+		}
+		return nil
+	}, documentSource)
+}
+
+// SchemaOf is the JSON Schema of the document type that document points to. Its
+// descriptions are the comments in sources, the text of the Go files that
+// declare the types; mapper, if not nil, describes types that decode themselves.
+func SchemaOf(document any, id, title string, mapper func(reflect.Type) *jsonschema.Schema, sources ...string) ([]byte, error) {
+	comments := map[string]string{}
+	for _, source := range sources {
+		more, err := fieldComments(source)
+		if err != nil {
+			return nil, fmt.Errorf("schema: %w", err)
+		}
+		maps.Copy(comments, more)
 	}
 	r := &jsonschema.Reflector{
 		Anonymous:      true,
 		ExpandedStruct: true,
-		Mapper: func(t reflect.Type) *jsonschema.Schema {
-			switch t {
-			case reflect.TypeFor[Duration]():
-				return &jsonschema.Schema{Type: "string", Pattern: `^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$`}
-			case reflect.TypeFor[Platform]():
-				return &jsonschema.Schema{Type: "string", Enum: []any{PlatformSNP, PlatformTDX, PlatformAzSNPvTPM, PlatformAzTDXvTPM, PlatformTPM}}
-			}
-			return nil
-		},
+		Mapper:         mapper,
 		LookupComment: func(t reflect.Type, field string) string {
 			if field == "" {
 				return comments[t.Name()]
@@ -49,9 +61,9 @@ func Schema() ([]byte, error) {
 			return comments[t.Name()+"."+field]
 		},
 	}
-	s := r.Reflect(&Policy{})
-	s.ID = SchemaID
-	s.Title = "Launch policy of cvm-agent"
+	s := r.Reflect(document)
+	s.ID = jsonschema.ID(id)
+	s.Title = title
 	out, err := json.Marshal(s)
 	if err != nil {
 		return nil, fmt.Errorf("schema: %w", err)

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
 	"github.com/cc-runtime/cvm-agent/policy/dsse"
@@ -235,6 +237,36 @@ func TestReferenceIsVerifiedOnEachLoad(t *testing.T) {
 		if _, err := newDocuments(s); err == nil {
 			t.Errorf("%s: accepted", what)
 		}
+	}
+}
+
+// A guest whose log ever named a policy outside the rule gets nothing, even
+// once it is back at one inside.
+func TestPolicyHistoryEndToEnd(t *testing.T) {
+	l := launch(t)
+	r := start(t, l.ca.RootsPEM(t), nil)
+	ctx := context.Background()
+	if err := errors.Join(r.admin.PutResource(ctx, webKey, []byte("k")), r.admin.PutRule(ctx, webKey, l.rule())); err != nil {
+		t.Fatal(err)
+	}
+	stranger := strings.Repeat("e", 64)
+	foreign := "sha256:" + strings.Repeat("4", 64)
+	l.event(t, eventlog.Event{Kind: eventlog.KindPolicyStaged, Policy: "shop", PolicyVersion: 3, PolicyDigest: foreign, Signers: []string{stranger}})
+	l.event(t, eventlog.Event{Kind: eventlog.KindRolledBack, Policy: "shop", PolicyVersion: 2, PolicyDigest: l.digest, Reason: "policy-invalid"})
+	g, status, body := l.attest(t, r, nil)
+	if status != 200 {
+		t.Fatalf("attest: %d %s", status, body)
+	}
+	if status, body := g.get(t); status != 401 || variant(t, status, body) != "PolicyDeny" || !strings.Contains(body, appraisal.CheckPolicyHistory+":") {
+		t.Errorf("a foreign policy in the log: %d %s", status, body)
+	}
+	both := l.rule()
+	both.Policy.Signers = append(both.Policy.Signers, stranger)
+	if err := r.admin.PutRule(ctx, webKey, both); err != nil {
+		t.Fatal(err)
+	}
+	if status, body := g.get(t); status != 200 {
+		t.Errorf("a rule that lists both signers: %d %s", status, body)
 	}
 }
 

@@ -44,10 +44,10 @@ var PinnedPCRs = []string{"4", "9", "11", "12", "13"}
 // Launch is one launch of one platform, measured in every part. Evidence
 // matches it entirely or not at all: parts of two launches are no launch.
 type Launch struct {
-	Label    string     `json:"label" jsonschema:"pattern=^[A-Za-z0-9][A-Za-z0-9._-]*$,maxLength=63"` // how tables and resources name it; the same on several platforms for one image
-	Platform string     `json:"platform"`                                                             // KBS TEE name
-	SNP      *SNPLaunch `json:"snp,omitempty"`                                                        // snp: the measured direct boot; az-snp-vtpm: the paravisor
-	TDX      *TDXLaunch `json:"tdx,omitempty"`                                                        // tdx, az-tdx-vtpm
+	Label    string     `json:"label" jsonschema:"pattern=^[A-Za-z0-9][A-Za-z0-9._-]*$,maxLength=63"`               // how tables and resources name it; the same on several platforms for one image
+	Platform string     `json:"platform" jsonschema:"enum=snp,enum=tdx,enum=az-snp-vtpm,enum=az-tdx-vtpm,enum=tpm"` // KBS TEE name
+	SNP      *SNPLaunch `json:"snp,omitempty"`                                                                      // snp: the measured direct boot; az-snp-vtpm: the paravisor
+	TDX      *TDXLaunch `json:"tdx,omitempty"`                                                                      // tdx, az-tdx-vtpm
 	// PCRs are SHA-256 PCRs by index ("0" to "23"), 64 lowercase hex digits. For
 	// tpm and the Azure forms; "4", "9" and "11" are required, "12" and "13" are
 	// required and must be zero.
@@ -87,9 +87,9 @@ type SNPTCB struct {
 	// Minimum is the lowest TCB by product ("Milan", "Genoa", "Turin"). A
 	// product that is not listed is refused, unless the whole map is left out.
 	Minimum           map[string]SNPMinimum `json:"minimum,omitempty"`
-	SigningKeys       []string              `json:"signingKeys,omitempty"`       // vcek, vlek; default [vcek]
-	VMPL              *VMPL                 `json:"vmpl,omitempty"`              // default exactly 0
-	RequireRevocation bool                  `json:"requireRevocation,omitempty"` // a vendor's revocation list, valid at the time, must have been consulted
+	SigningKeys       []string              `json:"signingKeys,omitempty" jsonschema:"uniqueItems=true,enum=vcek,enum=vlek"` // vcek, vlek; default [vcek]
+	VMPL              *VMPL                 `json:"vmpl,omitempty"`                                                          // default exactly 0
+	RequireRevocation bool                  `json:"requireRevocation,omitempty"`                                             // a vendor's revocation list, valid at the time, must have been consulted
 }
 
 // SNPMinimum is the lowest security version of each part, all of which must be

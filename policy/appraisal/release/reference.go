@@ -44,13 +44,13 @@ type Reference struct {
 
 // Resource says to whom some resources are released. There is no wildcard.
 type Resource struct {
-	Resource  []string    `json:"resource" jsonschema:"minItems=1,uniqueItems=true"`  // kbs:///repository/type/tag; each in one place of one document
-	Platforms []string    `json:"platforms" jsonschema:"minItems=1,uniqueItems=true"` // KBS TEE names
-	Launch    []string    `json:"launch,omitempty" jsonschema:"uniqueItems=true"`     // labels of the launches that may have it; default all. Each platform needs one
-	EKRoots   []string    `json:"ekRoots,omitempty" jsonschema:"uniqueItems=true"`    // for tpm: names of configured root sets; default any of them
-	Policy    *PolicyRule `json:"policy,omitempty"`                                   // launch policies that may have it
-	AnyPolicy bool        `json:"anyPolicy,omitempty"`                                // exactly one of policy and anyPolicy: true
-	Images    []string    `json:"images,omitempty" jsonschema:"uniqueItems=true"`     // manifest digests (sha256:…), one of which must run or be staged; needs policy
+	Resource  []string    `json:"resource" jsonschema:"minItems=1,uniqueItems=true"`                                                               // kbs:///repository/type/tag; each in one place of one document
+	Platforms []string    `json:"platforms" jsonschema:"minItems=1,uniqueItems=true,enum=snp,enum=tdx,enum=az-snp-vtpm,enum=az-tdx-vtpm,enum=tpm"` // KBS TEE names
+	Launch    []string    `json:"launch,omitempty" jsonschema:"uniqueItems=true"`                                                                  // labels of the launches that may have it; default all. Each platform needs one
+	EKRoots   []string    `json:"ekRoots,omitempty" jsonschema:"uniqueItems=true"`                                                                 // for tpm: names of configured root sets; default any of them
+	Policy    *PolicyRule `json:"policy,omitempty"`                                                                                                // launch policies that may have it
+	AnyPolicy bool        `json:"anyPolicy,omitempty"`                                                                                             // exactly one of policy and anyPolicy: true
+	Images    []string    `json:"images,omitempty" jsonschema:"uniqueItems=true"`                                                                  // manifest digests (sha256:…), one of which must run or be staged; needs policy
 }
 
 // Validate checks every rule on a decoded document. The error is a
