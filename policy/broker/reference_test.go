@@ -252,7 +252,7 @@ func TestPolicyHistoryEndToEnd(t *testing.T) {
 	stranger := strings.Repeat("e", 64)
 	foreign := "sha256:" + strings.Repeat("4", 64)
 	l.event(t, eventlog.Event{Kind: eventlog.KindPolicyStaged, Policy: "shop", PolicyVersion: 3, PolicyDigest: foreign, Signers: []string{stranger}})
-	l.event(t, eventlog.Event{Kind: eventlog.KindRolledBack, Policy: "shop", PolicyVersion: 2, PolicyDigest: l.digest, Reason: "policy-invalid"})
+	l.event(t, eventlog.Event{Kind: eventlog.KindRolledBack, Policy: "shop", PolicyVersion: 3, PolicyDigest: foreign, Reason: "policy-invalid"})
 	g, status, body := l.attest(t, r, nil)
 	if status != 200 {
 		t.Fatalf("attest: %d %s", status, body)
