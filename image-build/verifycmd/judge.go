@@ -1,6 +1,7 @@
 package verifycmd
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/collateral"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -41,6 +43,18 @@ func (o *options) appraise(e *evidence, now time.Time) (*appraisal.Appraisal, er
 	switch o.tee {
 	case "tpm":
 		a, err = o.tpm(e, in)
+	case "snp":
+		a, err = o.snp(e, in)
+	case "tdx":
+		var v *appraisal.TDX
+		if v, err = o.intel(); err != nil {
+			return nil, err
+		}
+		if e.raw != nil {
+			a, err = v.AppraiseRaw(e.raw, e.ccel, in)
+		} else {
+			a, err = v.Appraise(in)
+		}
 	default:
 		err = cause.New(cause.Usage, "TEE %s is not verified here", o.tee)
 	}
@@ -84,6 +98,58 @@ func (o *options) dialect(e *evidence, in *appraisal.Input) error {
 	e.rows = append(e.rows, row{name: appraisal.CheckEventLog, skipped: true,
 		found: "only report_data covers a log on plain SNP, and there is no runtime-data to compute it from: give the whole attest request"})
 	return nil
+}
+
+// source is the collateral of --collateral: a directory, and nothing to ask.
+func (o *options) source(dir string) (*collateral.Source, error) {
+	s := &collateral.Source{Dir: dir}
+	if slices.Contains(o.allowMissing, missingRevocation) {
+		s.Policy.Revocation = collateral.IfPresent
+	}
+	if slices.Contains(o.allowMissing, missingTCBInfo) {
+		s.Policy.TCBInfo = collateral.IfPresent
+	}
+	if dir == "" {
+		return s, nil
+	}
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		return nil, cause.New(cause.Usage, "%s is not a directory of collateral", dir)
+	}
+	return s, nil
+}
+
+// snp judges a raw report or the wire's form of one, with the certificates of
+// --certs behind those that came with it.
+func (o *options) snp(e *evidence, in appraisal.Input) (*appraisal.Appraisal, error) {
+	s, err := o.source(o.collateral)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := o.readCerts()
+	if err != nil {
+		return nil, err
+	}
+	v := &appraisal.SNP{Collateral: s, Roots: o.amd}
+	if e.raw != nil {
+		return v.AppraiseRaw(e.raw, certs, in)
+	}
+	if len(certs) > 0 {
+		ev, err := kbs.DecodeSNPEvidence(in.Primary)
+		if err != nil {
+			return nil, err
+		}
+		ev.CertChain = append(ev.CertChain, certs...)
+		if in.Primary, err = json.Marshal(ev); err != nil {
+			return nil, err
+		}
+	}
+	return v.Appraise(in)
+}
+
+// intel is the verifier of TDX quotes; all of its collateral has an address.
+func (o *options) intel() (*appraisal.TDX, error) {
+	s, err := o.source(cmp.Or(o.collateral, o.certs))
+	return &appraisal.TDX{Collateral: s, Roots: o.intelRoots}, err
 }
 
 func (o *options) tpm(e *evidence, in appraisal.Input) (*appraisal.Appraisal, error) {
@@ -161,18 +227,6 @@ func listed(path string, extensions ...string) ([]string, error) {
 	return files, nil
 }
 
-// rule reads --rules; nil when there are none.
-func (o *options) rule() (*release.Rule, error) {
-	if o.rules == "" {
-		return nil, nil
-	}
-	data, err := bounded.ReadFile(o.rules, release.MaxRuleSize)
-	if err != nil {
-		return nil, cause.New(cause.Usage, "--rules: %w", err)
-	}
-	return release.DecodeRule(data)
-}
-
 // judge completes the verdict: the rows of this package, and the rule's.
 func (o *options) judge(e *evidence, a *appraisal.Appraisal, rule *release.Rule, now time.Time) *report {
 	r := &report{verdict: a.Verdict}
@@ -199,7 +253,7 @@ func (o *options) judge(e *evidence, a *appraisal.Appraisal, rule *release.Rule,
 		r.verdict.Skip(checkMark, "", "a policy's version mark is the broker's to know")
 	}
 	if err := r.verdict.Refusal(); err != nil {
-		r.err = cause.New(cause.EvidenceRefused, "%s", reason(err))
+		r.err = cause.New(cause.EvidenceRefused, "%s%s", missing(r.verdict), reason(err))
 	}
 	return r
 }
@@ -211,4 +265,29 @@ func reason(err error) string {
 		return e.Err.Error()
 	}
 	return err.Error()
+}
+
+// missing says which flags would give, or do without, the collateral that a
+// refusal is about; empty when it is about something else.
+func missing(v *appraisal.Verdict) string {
+	var kinds []string
+	for _, c := range v.Checks {
+		if c.Outcome != appraisal.Failed || !strings.Contains(c.Found, collateral.ErrMissing.Error()) {
+			continue
+		}
+		kind := missingTCBInfo
+		switch {
+		case c.Name == appraisal.CheckSNPSigningKey:
+			return "the report's certificate is missing (give it with --certs or --collateral): "
+		case strings.HasSuffix(c.Name, "revocation"):
+			kind = missingRevocation
+		}
+		if !slices.Contains(kinds, kind) {
+			kinds = append(kinds, kind)
+		}
+	}
+	if len(kinds) == 0 {
+		return ""
+	}
+	return "collateral is missing (give it with --collateral, or accept that with --allow-missing " + strings.Join(kinds, ",") + "): "
 }

@@ -7,10 +7,12 @@
 package verifycmd
 
 import (
+	"crypto/x509"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/google/go-sev-guest/verify/trust"
 	"github.com/spf13/cobra"
 
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -51,7 +53,9 @@ const (
 type options struct {
 	in, format, tee   string
 	certs, collateral string
-	rules             string
+	rules, resource   string
+	rulesKeys         []string
+	rulesThreshold    int
 	reportData        string
 	initdata          string
 	eventLog          string
@@ -61,6 +65,10 @@ type options struct {
 	listedEKs         []string
 	trustedAKs        []string
 	allowMissing      []string
+
+	// The vendors' roots; nil, which no flag changes: their own.
+	amd        map[string][]*trust.AMDRootCerts
+	intelRoots *x509.CertPool
 }
 
 const evidenceLong = `Evidence appraises one piece of evidence and prints the verdict: every check, what was
@@ -81,11 +89,14 @@ is a collateral directory. --collateral is a directory of what the vendors publi
 addresses: HOST/PATH?QUERY. Revocation lists and Intel's TCB info are required. What you
 cannot get, --allow-missing lists; the verdict then says that it was not checked.
 
+--rules is a release rule, or reference values: as YAML, or signed and verified by --rules-key.
+
 Without --report-data the evidence may be a replay, and without --rules nothing is said about
 what was launched: both rows then say "not-checked".`
 
-func evidenceCommand() *cobra.Command {
-	o := &options{}
+func evidenceCommand() *cobra.Command { return (&options{}).command() }
+
+func (o *options) command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "evidence --in FILE --format FORMAT",
 		Short: "Appraise a confidential VM's evidence and print the verdict, check by check",
@@ -103,7 +114,10 @@ func evidenceCommand() *cobra.Command {
 	f.StringVar(&o.certs, "certs", "", "`FILE` or directory with the vendor's certificates and revocation lists")
 	f.StringVar(&o.collateral, "collateral", "", "`DIR` with what vendors publish, by address")
 	f.StringSliceVar(&o.allowMissing, "allow-missing", nil, "`KINDS` of collateral that may be missing: "+missingRevocation+", "+missingTCBInfo)
-	f.StringVar(&o.rules, "rules", "", "release rule `FILE` that the proven facts must satisfy")
+	f.StringVar(&o.rules, "rules", "", "`FILE` with a release rule, or reference values (YAML, or signed), that the facts must satisfy")
+	f.StringArrayVar(&o.rulesKeys, "rules-key", nil, "public key `FILE` that signed the reference values of --rules; may be repeated")
+	f.IntVar(&o.rulesThreshold, "rules-threshold", 1, "`NUMBER` of distinct --rules-key that must have signed")
+	f.StringVar(&o.resource, "resource", "", "`URI` of the resource whose rule is meant, when --rules has several")
 	f.StringVar(&o.reportData, "report-data", "", "`HEX` that report_data must hold, zero bytes after it")
 	f.StringVar(&o.initdata, "initdata", "", "initdata `FILE` that the launch must be bound to")
 	f.StringVar(&o.eventLog, "event-log", "", "event log `FILE` that must replay to the register; for TDX also a CCEL")
@@ -166,6 +180,7 @@ func (o *options) checkFit() error {
 		{len(o.allowMissing) > 0, "--allow-missing", o.tee != "tpm"},
 		{slices.Contains(o.allowMissing, missingTCBInfo), "--allow-missing " + missingTCBInfo, strings.HasSuffix(o.tee, "tdx") || o.tee == "az-tdx-vtpm"},
 		{o.certs != "" && o.collateral != "", "--certs beside --collateral", !o.tdx()},
+		{o.certs != "", "--certs", !strings.HasPrefix(o.tee, "az-snp")},
 	} {
 		if f.set && !f.fits {
 			return cause.New(cause.Usage, "%s means nothing for TEE %s", f.name, o.tee)
@@ -202,7 +217,7 @@ func (o *options) run(c *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	rule, err := o.rule()
+	rule, err := o.rule(now)
 	if err != nil {
 		return err
 	}
