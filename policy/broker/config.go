@@ -97,6 +97,7 @@ type Limits struct {
 const (
 	maxConfig  = 1 << 20
 	maxPEMFile = 1 << 20
+	maxDSN     = 4 << 10
 )
 
 // LoadConfig reads and validates a configuration file.

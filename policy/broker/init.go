@@ -18,8 +18,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/goccy/go-yaml"
-
 	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
@@ -27,8 +25,9 @@ import (
 // The files that Init makes in its directory.
 const (
 	FileConfig     = "config.yaml"
-	FileCA         = "ca.pem"      // TLS root for policies (broker.tlsRoots) and admins (--ca)
-	FileTokenPub   = "token.pub"   // PEM SPKI for policies (broker.tokenKeys)
+	FileCA         = "ca.pem"    // TLS root for policies (broker.tlsRoots) and admins (--ca)
+	FileTokenPub   = "token.pub" // PEM SPKI for policies (broker.tokenKeys)
+	fileDSN        = "postgres.dsn"
 	FileAdminToken = "admin.token" // bearer token for admins, 0600; move it to them and delete it here
 )
 
@@ -41,6 +40,9 @@ type InitOptions struct {
 	Hosts   []string     // DNS names and IP addresses in the server certificate, at least one
 	Listen  string       // host:port
 	EKRoots []RootConfig // written to the configuration
+	Name    string       // of the broker, in audit records; needed with Join
+	DSNFile string       // file with a PostgreSQL DSN, which is copied; "": embedded storage
+	Join    string       // directory of another broker whose database, keys and certificate are shared
 	Now     time.Time
 }
 
@@ -48,14 +50,14 @@ type InitOptions struct {
 // and server certificate, token key, admin token and configuration. It never
 // replaces a file. The TLS root's key signs one certificate and is forgotten.
 func Init(o InitOptions) error {
-	if len(o.Hosts) == 0 {
+	if o.Join != "" && (len(o.Hosts) > 0 || len(o.EKRoots) > 0 || o.DSNFile != "") {
+		return cause.New(cause.Usage, "--join takes hosts, EK roots and database from the other broker")
+	}
+	if o.Join == "" && len(o.Hosts) == 0 {
 		return cause.New(cause.Usage, "name at least one --host")
 	}
-	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
-		return cause.Wrap(cause.StorageFailed, err)
-	}
-	if _, err := os.Lstat(filepath.Join(o.Dir, FileConfig)); err == nil {
-		return cause.New(cause.Usage, "%s has a %s already: nothing was changed", o.Dir, FileConfig)
+	if o.Join != "" {
+		return join(o)
 	}
 	files := map[string]file{}
 	key := make([]byte, kek.Size)
@@ -74,7 +76,8 @@ func Init(o InitOptions) error {
 	files[FileAdminToken] = file{[]byte(token + "\n"), 0o600}
 	files["admin.sha256"] = file{[]byte(hex.EncodeToString(sum[:]) + "\n"), 0o600}
 
-	config, err := yaml.MarshalWithOptions(Config{
+	c := Config{
+		Name:             o.Name,
 		Listen:           o.Listen,
 		TLS:              TLSFiles{Certificate: "tls.pem", Key: "tls.key"},
 		Storage:          "broker.db",
@@ -83,17 +86,16 @@ func Init(o InitOptions) error {
 		AdminTokenHashes: "admin.sha256",
 		AuditLog:         "audit.ndjson",
 		EKRoots:          o.EKRoots,
-	}, yaml.UseJSONMarshaler())
-	if err != nil {
-		return cause.Wrap(cause.Internal, err)
 	}
-	for name, f := range files {
-		if err := f.write(filepath.Join(o.Dir, name)); err != nil {
-			return err
+	if o.DSNFile != "" {
+		dsn, err := kek.ReadSecret(o.DSNFile, maxDSN)
+		if err != nil {
+			return cause.Wrap(cause.Usage, err)
 		}
+		files[fileDSN] = file{dsn, 0o600}
+		c.Storage, c.Postgres = "", &PostgresConfig{DSNFile: fileDSN}
 	}
-	// Last: its presence says that everything else is there.
-	return file{config, 0o600}.write(filepath.Join(o.Dir, FileConfig))
+	return writeDir(o.Dir, c, files)
 }
 
 type file struct {

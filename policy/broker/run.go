@@ -178,7 +178,7 @@ func (c *Config) store(ctx context.Context, k kek.Source) (*Store, error) {
 	if c.Postgres == nil {
 		return OpenStore(c.Storage, k)
 	}
-	dsn, err := kek.ReadSecret(c.Postgres.DSNFile, 4<<10)
+	dsn, err := kek.ReadSecret(c.Postgres.DSNFile, maxDSN)
 	if err != nil {
 		return nil, cause.New(cause.Config, "postgres.dsnFile: %w", err)
 	}

@@ -76,17 +76,14 @@ func (s *postgresSessions) open(n *session) error {
 	}
 	ctx, cancel := within()
 	defer cancel()
-	s.mu.Lock()
-	full := s.about >= s.most
-	if !full {
-		s.about++
-	}
-	s.mu.Unlock()
-	if full {
+	if s.live() >= s.most {
 		if err := s.trim(ctx); err != nil {
 			return err
 		}
 	}
+	s.mu.Lock()
+	s.about++
+	s.mu.Unlock()
 	_, err = s.pool.Exec(ctx, "INSERT INTO cvm_broker_session (id, state, expires, bytes, value) VALUES ($1, 'open', $2, 0, $3)",
 		string(idKey(n.id)), n.expires, sealed)
 	return storageError(err)

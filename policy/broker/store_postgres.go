@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
@@ -116,21 +117,13 @@ func postgresConfig(dsn string, connections int) (*pgxpool.Config, error) {
 
 // secured refuses ways to the server on which somebody else could answer.
 func secured(c *pgxpool.Config) error {
-	try := func(host string, verified bool) error {
-		if strings.HasPrefix(host, "/") || verified {
-			return nil
-		}
-		if ip := net.ParseIP(host); ip != nil && ip.IsLoopback() {
-			return nil
-		}
-		return fmt.Errorf("host %s: expected sslmode=verify-full, a socket's directory or a loopback address", host)
-	}
-	if t := c.ConnConfig.TLSConfig; try(c.ConnConfig.Host, t != nil && !t.InsecureSkipVerify) != nil {
-		return try(c.ConnConfig.Host, false)
-	}
-	for _, f := range c.ConnConfig.Fallbacks {
-		if err := try(f.Host, f.TLSConfig != nil && !f.TLSConfig.InsecureSkipVerify); err != nil {
-			return err
+	ways := []*pgconn.FallbackConfig{{Host: c.ConnConfig.Host, TLSConfig: c.ConnConfig.TLSConfig}}
+	for _, w := range append(ways, c.ConnConfig.Fallbacks...) {
+		ip := net.ParseIP(w.Host)
+		local := strings.HasPrefix(w.Host, "/") || (ip != nil && ip.IsLoopback())
+		verified := w.TLSConfig != nil && !w.TLSConfig.InsecureSkipVerify
+		if !local && !verified {
+			return fmt.Errorf("host %s: expected sslmode=verify-full, a socket's directory or a loopback address", w.Host)
 		}
 	}
 	return nil

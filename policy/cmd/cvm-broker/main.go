@@ -57,6 +57,8 @@ func initCommand() *cobra.Command {
 		Use:   "init --dir DIR --host NAME",
 		Short: "Make keys, certificates, an admin token and a configuration",
 		Example: "  cvm-broker init --dir /etc/cvm-broker --host broker.example --listen :8443 --ek-root vendor=ek-roots.pem\n" +
+			"  cvm-broker init --dir b1 --host broker.example --listen :8443 --name b1 --postgres dsn\n" +
+			"  cvm-broker init --dir b2 --join b1 --listen :8443 --name b2\n" +
 			"  cvm-broker serve --config /etc/cvm-broker/config.yaml",
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -79,6 +81,10 @@ func initCommand() *cobra.Command {
 			if err := broker.Init(o); err != nil {
 				return err
 			}
+			if o.Join != "" {
+				fmt.Fprintf(cmd.OutOrStdout(), "wrote %s/%s with the keys and the certificate of %s\n", o.Dir, broker.FileConfig, o.Join)
+				return nil
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "wrote %s/%s; policies need %s and %s, admins %s and %s\n",
 				o.Dir, broker.FileConfig, broker.FileCA, broker.FileTokenPub, broker.FileCA, broker.FileAdminToken)
 			return nil
@@ -88,6 +94,9 @@ func initCommand() *cobra.Command {
 	f.StringVar(&o.Dir, "dir", "", "directory to make, or an empty one")
 	f.StringArrayVar(&o.Hosts, "host", nil, "DNS name or IP address in the server certificate (repeatable)")
 	f.StringVar(&o.Listen, "listen", "127.0.0.1:8080", "host:port to listen on; port 0 takes a free one")
+	f.StringVar(&o.Name, "name", "", "name in audit records, for one of several brokers")
+	f.StringVar(&o.DSNFile, "postgres", "", "file of mode 0600 with a PostgreSQL DSN, which is copied: storage for several brokers")
+	f.StringVar(&o.Join, "join", "", "directory of a broker whose database, keys and certificate this one shares")
 	f.StringArrayVar(&roots, "ek-root", nil, "NAME=PATH: a set of EK certificate issuers, PEM file or directory (repeatable)")
 	return c
 }
