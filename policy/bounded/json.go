@@ -131,7 +131,7 @@ func located(data []byte, err error) error {
 	at := func(off int64, path, msg string) error {
 		w := &walker{data: data}
 		if path != "" {
-			w.path = []string{path}
+			w.path = []step{{key: path}}
 		}
 		return w.fail(int(off), nil, "%s", msg)
 	}
@@ -157,14 +157,32 @@ type walker struct {
 	pos    int
 	limits Limits
 	nodes  int
-	path   []string
+	path   []step
+}
+
+// step is one step of a path, kept as it is until an error needs its text:
+// evidence has arrays of thousands of numbers.
+type step struct {
+	key   string
+	index int // of an array, when key is empty
+}
+
+func (s step) String() string {
+	if s.key == "" {
+		return "[" + strconv.Itoa(s.index) + "]"
+	}
+	return s.key
 }
 
 func (w *walker) fail(off int, sentinel error, format string, args ...any) error {
 	off = min(off, len(w.data))
 	head := w.data[:off]
+	var path strings.Builder
+	for _, p := range w.path {
+		path.WriteString(p.String())
+	}
 	return &FieldError{
-		Path:   strings.TrimPrefix(strings.Join(w.path, ""), "."),
+		Path:   strings.TrimPrefix(path.String(), "."),
 		Line:   1 + bytes.Count(head, []byte("\n")),
 		Column: off - bytes.LastIndexByte(head, '\n'),
 		Msg:    fmt.Sprintf(format, args...),
@@ -244,7 +262,7 @@ func (w *walker) structure(t reflect.Type, start, depth int) error {
 			return w.fail(start, nil, "a boolean, expected %s", describe(t))
 		}
 	default:
-		for w.pos < len(w.data) && strings.IndexByte("+-.eE0123456789", w.data[w.pos]) >= 0 {
+		for w.pos < len(w.data) && inNumber(w.data[w.pos]) {
 			w.pos++
 		}
 		if t != nil && !isNumber(t) {
@@ -257,6 +275,10 @@ func (w *walker) structure(t reflect.Type, start, depth int) error {
 		}
 	}
 	return nil
+}
+
+func inNumber(b byte) bool {
+	return b >= '0' && b <= '9' || b == '-' || b == '+' || b == '.' || b == 'e' || b == 'E'
 }
 
 func (w *walker) object(t reflect.Type, start, depth int) error {
@@ -287,7 +309,7 @@ func (w *walker) object(t reflect.Type, start, depth int) error {
 		if err != nil {
 			return err
 		}
-		w.path = append(w.path, "."+key)
+		w.path = append(w.path, step{key: "." + key})
 		if !seen.add(key) {
 			return w.fail(keyAt, ErrDuplicateKey, "duplicate key")
 		}
@@ -322,7 +344,7 @@ func (w *walker) array(t reflect.Type, start, depth int) error {
 			}
 			return nil
 		}
-		w.path = append(w.path, "["+strconv.Itoa(i)+"]")
+		w.path = append(w.path, step{index: i})
 		if err := w.value(elem, depth); err != nil {
 			return err
 		}

@@ -2,7 +2,7 @@ package kbs
 
 import (
 	"encoding/binary"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 )
@@ -30,21 +30,49 @@ func (b Bytes) MarshalJSON() ([]byte, error) {
 	return append(out, ']'), nil
 }
 
-// UnmarshalJSON reads the array; anything but such integers is an error.
+// UnmarshalJSON reads the array; anything but such integers is an error. It
+// is read here and not by encoding/json, which takes as long for the few
+// thousand integers of a report and its certificates as the verification of
+// the report's signature.
 func (b *Bytes) UnmarshalJSON(data []byte) error {
-	var list []uint8AsNumber
-	if err := json.Unmarshal(data, &list); err != nil {
-		return err
+	if string(data) == "null" {
+		*b = nil
+		return nil
 	}
-	*b = make(Bytes, len(list))
-	for i, n := range list {
-		(*b)[i] = byte(n)
+	if len(data) < 2 || data[0] != '[' || data[len(data)-1] != ']' {
+		return errors.New("not an array of integers of 0 to 255")
 	}
+	rest := skipSpace(data[1 : len(data)-1])
+	out := make(Bytes, 0, len(rest)/3+1)
+	for more := len(rest) > 0; more; {
+		rest = skipSpace(rest)
+		n, digits := 0, 0
+		for digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9' && n <= 255 {
+			n = 10*n + int(rest[digits]-'0')
+			digits++
+		}
+		if digits == 0 || n > 255 || digits > 1 && rest[0] == '0' {
+			return fmt.Errorf("element %d is not an integer of 0 to 255", len(out))
+		}
+		out = append(out, byte(n))
+		rest = skipSpace(rest[digits:])
+		if more = len(rest) > 0; more {
+			if rest[0] != ',' {
+				return fmt.Errorf("element %d is not an integer of 0 to 255", len(out)-1)
+			}
+			rest = rest[1:]
+		}
+	}
+	*b = out
 	return nil
 }
 
-// uint8AsNumber keeps encoding/json from taking the array for base64.
-type uint8AsNumber uint8
+func skipSpace(b []byte) []byte {
+	for len(b) > 0 && (b[0] == ' ' || b[0] == '\t' || b[0] == '\r' || b[0] == '\n') {
+		b = b[1:]
+	}
+	return b
+}
 
 // SNPTCB is a TCB version by its parts. FMC is there on Turin and later alone.
 type SNPTCB struct {
