@@ -26,6 +26,7 @@ type Policy struct {
 	Expires        string     `json:"expires" jsonschema:"format=date-time"`                                  // RFC 3339, UTC
 	NextSigners    *SignerSet `json:"nextSigners,omitempty"`                                                  // rotation: the set that signs the next versions; signed by old and new
 	Platforms      []Platform `json:"platforms" jsonschema:"minItems=1,uniqueItems=true"`                     // allowed platforms
+	VMPL           uint8      `json:"vmpl,omitempty" jsonschema:"maximum=3"`                                  // SEV-SNP privilege level that evidence is made at, 0 (default) to 3; it needs platform snp
 	Broker         *Broker    `json:"broker,omitempty"`
 	Registries     []Registry `json:"registries,omitempty"` // how to reach registries; hosts not listed: HTTPS with system roots
 	Workloads      []Workload `json:"workloads" jsonschema:"minItems=1"`
@@ -55,6 +56,7 @@ const (
 // Broker is the key broker that the agent may talk to, and how it is known.
 type Broker struct {
 	URL       string   `json:"url" jsonschema:"pattern=^https://"`                                                     // https://host[:port]
+	URLs      []string `json:"urls,omitempty" jsonschema:"maxItems=7,uniqueItems=true"`                                // further URLs of the same broker, asked when one does not answer; same roots, same token keys
 	TLSRoots  []string `json:"tlsRoots" jsonschema:"minItems=1"`                                                       // PEM certificates; nothing else is trusted
 	Dialect   string   `json:"dialect,omitempty" jsonschema:"enum=cvm-agent/1,enum=kbs"`                               // "cvm-agent/1" (default) or "kbs"
 	TokenKeys []string `json:"tokenKeys" jsonschema:"minItems=1"`                                                      // PEM SPKI of keys that sign tokens and version marks

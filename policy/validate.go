@@ -28,6 +28,9 @@ const (
 	maxList      = 256
 	maxString    = 32 << 10 // bytes of an argument, an environment value …
 	maxRoot      = 512 << 10
+
+	maxBrokerURLs = 7 // besides the first
+	maxVMPL       = 3
 )
 
 // The promises that a policy can give up by name, under dialect kbs.
@@ -147,6 +150,12 @@ func (p *Policy) Validate() error {
 	}); err != nil {
 		return err
 	}
+	if p.VMPL > maxVMPL {
+		return rule("vmpl", "%d, expected 0 to %d", p.VMPL, maxVMPL)
+	}
+	if p.VMPL > 0 && !slices.Contains(p.Platforms, PlatformSNP) {
+		return rule("vmpl", "%d, but platforms has no %s: nothing else has privilege levels", p.VMPL, PlatformSNP)
+	}
 	if err := p.validateBroker(); err != nil {
 		return err
 	}
@@ -211,9 +220,14 @@ func (p *Policy) validateBroker() error {
 	if b == nil {
 		return nil
 	}
-	u, err := url.Parse(b.URL)
-	if err != nil || u.Scheme != "https" || !hostPort.MatchString(u.Host) || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.ContainsAny(b.URL, "?#") || (u.Path != "" && u.Path != "/") {
-		return rule("broker.url", "%q is not https://host[:port]", clip(b.URL))
+	urls := unique{}
+	if err := first(checkURL("broker.url", b.URL), urls.add("broker.url", strings.TrimSuffix(b.URL, "/"))); err != nil {
+		return err
+	}
+	if err := each("broker.urls", b.URLs, maxBrokerURLs, func(path, u string) error {
+		return first(checkURL(path, u), urls.add(path, strings.TrimSuffix(u, "/")))
+	}); err != nil {
+		return err
 	}
 	if err := checkRoots("broker.tlsRoots", b.TLSRoots, true); err != nil {
 		return err
@@ -243,6 +257,16 @@ func (p *Policy) validateBroker() error {
 		if !slices.Contains(b.Accept, name) {
 			return rule("broker.accept", "dialect kbs cannot keep a promise on these platforms: accept %q by name, or use dialect %s", name, DialectCVMAgent)
 		}
+	}
+	return nil
+}
+
+// checkURL requires scheme, host and port, and nothing that could carry a
+// secret or a path.
+func checkURL(path, text string) error {
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "https" || !hostPort.MatchString(u.Host) || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.ContainsAny(text, "?#") || (u.Path != "" && u.Path != "/") {
+		return rule(path, "%q is not https://host[:port]", clip(text))
 	}
 	return nil
 }

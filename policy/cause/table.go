@@ -33,6 +33,7 @@ const (
 	// platform, broker and keys
 	TPMUnavailable     Code = "tpm-unavailable"
 	EvidenceFailed     Code = "evidence-failed"
+	RTMRUnavailable    Code = "rtmr-unavailable"
 	BrokerUnavailable  Code = "broker-unavailable"
 	BrokerProtocol     Code = "broker-protocol-error"
 	BrokerTLS          Code = "broker-tls-untrusted"
@@ -137,6 +138,7 @@ var Table = []Row{
 
 	{TPMUnavailable, ExitUnavailable, "the TPM does not answer"},
 	{EvidenceFailed, ExitRefused, "evidence cannot be made"},
+	{RTMRUnavailable, ExitRefused, "the kernel offers no RTMR3 to extend: Linux 6.16 or newer has it"},
 	{BrokerUnavailable, ExitUnavailable, "the key broker did not answer before the deadline"},
 	{BrokerProtocol, ExitRefused, "the key broker answered outside its protocol"},
 	{BrokerTLS, ExitRefused, "the key broker's certificate does not chain to the policy's roots"},
