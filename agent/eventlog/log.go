@@ -28,7 +28,7 @@ import (
 // and SHA-384 for an RTMR; when it fails, whether it extended is unknown, and
 // the log finds out by Read. Read returns the register's value, 32 or 48 bytes.
 type Register interface {
-	Name() string // "pcr14" or "rtmr3"
+	Name() string // "pcr14", "rtmr3", or NameHead where there is none
 	Index() int   // IndexPCR14 or IndexRTMR3
 	Extend(ctx context.Context, digests map[crypto.Hash][]byte) error
 	Read(ctx context.Context) ([]byte, error)
@@ -62,6 +62,8 @@ func Open(ctx context.Context, dir string, reg Register) (*Log, error) {
 	l := &Log{path: filepath.Join(dir, FileName), reg: reg}
 	switch {
 	case strings.HasPrefix(reg.Name(), "pcr") && reg.Index() == IndexPCR14:
+		l.typ, l.hash = cel.PCRType, crypto.SHA256
+	case reg.Name() == NameHead && reg.Index() == IndexPCR14:
 		l.typ, l.hash = cel.PCRType, crypto.SHA256
 	case strings.HasPrefix(reg.Name(), "rtmr") && reg.Index() == IndexRTMR3:
 		l.typ, l.hash = cel.CCMRType, crypto.SHA384
