@@ -16,6 +16,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -46,10 +47,11 @@ type Config struct {
 	FirstWait time.Duration
 }
 
-// Client opens sessions with one broker.
+// Client opens sessions with the policy's broker, at whichever of its URLs
+// answers. It may be used by several goroutines.
 type Client struct {
 	c         Config
-	base      *url.URL
+	route     *route
 	http      *http.Client
 	tokenKeys []crypto.PublicKey
 }
@@ -75,15 +77,15 @@ func New(c Config) (*Client, error) {
 	default:
 		return nil, cause.New(cause.PolicyInvalid, "broker.dialect %q is not known", c.Broker.Dialect)
 	}
-	base, err := url.Parse(c.Broker.URL)
-	if err != nil || base.Scheme != "https" || base.Host == "" || base.User != nil {
-		return nil, cause.New(cause.PolicyInvalid, "broker.url %q is not https://host[:port]", c.Broker.URL)
+	route, err := newRoute(c.Broker)
+	if err != nil {
+		return nil, err
 	}
 	transport, err := newTransport(c.Broker.TLSRoots)
 	if err != nil {
 		return nil, err
 	}
-	cl := &Client{c: c, base: base, http: transport}
+	cl := &Client{c: c, route: route, http: transport}
 	for i, pem := range c.Broker.TokenKeys {
 		key, err := dsse.ParsePublicKeyPEM([]byte(pem))
 		if err != nil {
@@ -97,15 +99,27 @@ func New(c Config) (*Client, error) {
 	return cl, nil
 }
 
-// Attest opens a session: new nonce, new key pair, new evidence over the event
-// log as it is now. A broker that does not answer is tried again, with backoff
-// and jitter, until ctx ends; a refusal is final. Nothing is measured here, so
-// that trying again repeats no event.
-func (cl *Client) Attest(ctx context.Context) (*Session, error) {
-	return retry(ctx, cl, func() (*Session, error) { return cl.attest(ctx) })
+// WithWait is the same client, with another OnWait.
+func (cl *Client) WithWait(onWait func(err error, next time.Duration)) *Client {
+	other := *cl
+	if onWait != nil {
+		other.c.OnWait = onWait
+	}
+	return &other
 }
 
-func (cl *Client) attest(ctx context.Context) (*Session, error) {
+// Attest opens a session: new nonce, new key pair, new evidence over the event
+// log as it is now, at the URL that answered last or the next one that does.
+// When none answers all are tried again, with backoff and jitter, until ctx
+// ends; a refusal is final, wherever it comes from. Nothing is measured here,
+// so that trying again repeats no event.
+func (cl *Client) Attest(ctx context.Context) (*Session, error) {
+	return retry(ctx, cl, func() (*Session, error) {
+		return failover(ctx, cl, func(base *url.URL) (*Session, error) { return cl.attest(ctx, base) })
+	})
+}
+
+func (cl *Client) attest(ctx context.Context, base *url.URL) (*Session, error) {
 	request := kbs.AuthRequest{Version: kbs.Version, TEE: cl.c.Attester.TEE()}
 	request.ExtraParams.SupportedHashAlgorithms = []string{"sha384"}
 	ours := cl.c.Broker.Dialect == kbs.Dialect
@@ -116,7 +130,7 @@ func (cl *Client) attest(ctx context.Context) (*Session, error) {
 		}
 		request.ExtraParams.CVMAgent = auth
 	}
-	body, cookie, err := cl.post(ctx, kbs.PathAuth, nil, request)
+	body, cookie, err := cl.post(ctx, base, kbs.PathAuth, nil, request)
 	if err != nil {
 		return nil, refusal(cause.AttestationRefused, err)
 	}
@@ -131,15 +145,15 @@ func (cl *Client) attest(ctx context.Context) (*Session, error) {
 	if err != nil {
 		return nil, cause.New(cause.Internal, "make the session key: %w", err)
 	}
-	s := &Session{client: cl, cookie: cookie, key: key}
+	s := &Session{client: cl, base: base, cookie: cookie, key: key}
 	if s.public, err = kbs.NewTEEPubKey(&key.PublicKey); err != nil {
 		return nil, cause.New(cause.Internal, "describe the session key: %w", err)
 	}
-	evidence, err := cl.evidence(ctx, challenge, s.public, ours)
+	evidence, err := cl.evidence(ctx, challenge, s, ours)
 	if err != nil {
 		return nil, err
 	}
-	body, _, err = cl.post(ctx, kbs.PathAttest, cookie, evidence)
+	body, _, err = cl.post(ctx, base, kbs.PathAttest, cookie, evidence)
 	if err != nil {
 		return nil, refusal(cause.AttestationRefused, err)
 	}
@@ -149,43 +163,44 @@ func (cl *Client) attest(ctx context.Context) (*Session, error) {
 	return s, nil
 }
 
-// evidence answers a challenge. The log and the quote are of one moment: when
-// an event comes in between, both are taken again.
-func (cl *Client) evidence(ctx context.Context, c *kbs.Challenge, key kbs.TEEPubKey, ours bool) (*kbs.AttestRequest, error) {
+// evidence answers a challenge for the session's key. The log and the quote are
+// of one moment, which the session remembers: when an event comes in between,
+// both are taken again.
+func (cl *Client) evidence(ctx context.Context, c *kbs.Challenge, s *Session, ours bool) (*kbs.AttestRequest, error) {
 	var extra kbs.AdditionalCVMAgent
 	if ours {
-		if c.ExtraParams.CVMAgent == nil {
-			return nil, cause.New(cause.BrokerProtocol, "the broker does not speak dialect %s: no credential in its challenge", kbs.Dialect)
-		}
-		secret, err := cl.c.Attester.Activate(ctx, c.ExtraParams.CVMAgent)
-		if err != nil {
+		// A broker that leaves the dialect out is found here where the platform
+		// needs a credential, and by its token everywhere.
+		var err error
+		if extra, err = cl.c.Attester.Additional(ctx, c.Nonce, c.ExtraParams.CVMAgent); err != nil {
 			return nil, err
 		}
-		extra.Activation = secret
 	}
 	for range 5 {
-		var log []byte
+		// Under dialect kbs the log can travel in the platform's own alone.
+		log := cl.c.EventLog()
+		events := log
 		if ours {
-			log = cl.c.EventLog()
-			extra.EventLog = log
+			extra.EventLog, events = log, nil
 		}
 		additional, err := extra.Encode()
 		if err != nil {
 			return nil, cause.New(cause.EvidenceFailed, "encode the additional evidence: %w", err)
 		}
-		reportData, err := kbs.ReportData(additional, c.Nonce, key)
+		reportData, err := kbs.ReportData(additional, c.Nonce, s.public)
 		if err != nil {
 			return nil, cause.New(cause.EvidenceFailed, "%w", err)
 		}
-		primary, err := cl.c.Attester.Evidence(ctx, reportData)
+		primary, err := cl.c.Attester.Evidence(ctx, reportData, events)
 		if err != nil {
 			return nil, err
 		}
-		if ours && !bytes.Equal(log, cl.c.EventLog()) {
+		if !bytes.Equal(log, cl.c.EventLog()) {
 			continue
 		}
+		s.quoted = sha256.Sum256(log)
 		r := &kbs.AttestRequest{
-			RuntimeData: kbs.RuntimeData{Nonce: c.Nonce, TEEPubKey: key},
+			RuntimeData: kbs.RuntimeData{Nonce: c.Nonce, TEEPubKey: s.public},
 			TEEEvidence: kbs.CompositeEvidence{PrimaryEvidence: primary, AdditionalEvidence: additional},
 		}
 		if cl.c.Initdata != nil {
@@ -210,7 +225,7 @@ func retry[T any](ctx context.Context, cl *Client, do func() (T, error)) (T, err
 		if deadline, ok := ctx.Deadline(); ctx.Err() != nil || (ok && time.Until(deadline) < next) {
 			return v, err
 		}
-		cl.c.Logger.Warn("the key broker does not answer", "url", cl.base.Redacted(), "error", err, "retry_in", next.Round(time.Millisecond))
+		cl.c.Logger.Warn("the key broker does not answer", "urls", cl.route.String(), "error", err, "retry_in", next.Round(time.Millisecond))
 		cl.c.OnWait(err, next)
 		select {
 		case <-ctx.Done():
@@ -218,20 +233,4 @@ func retry[T any](ctx context.Context, cl *Client, do func() (T, error)) (T, err
 		case <-time.After(next):
 		}
 	}
-}
-
-// refusal gives an error answer of the broker the cause code that fits.
-func refusal(code cause.Code, err error) error {
-	var (
-		coded  *cause.Error
-		answer *kbs.Error
-	)
-	if errors.As(err, &coded) || !errors.As(err, &answer) {
-		return err
-	}
-	switch answer.Variant() {
-	case "", kbs.VariantInvalidRequestPath, kbs.VariantPluginNotFound, kbs.VariantSerdeError:
-		return cause.New(cause.BrokerProtocol, "%w", answer)
-	}
-	return cause.New(code, "%w", answer)
 }

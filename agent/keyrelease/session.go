@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"net/http"
+	"net/url"
 	"sync"
 	"time"
 
@@ -32,9 +34,11 @@ type Claims struct {
 // Session is one attested session. It may be used by several goroutines.
 type Session struct {
 	client *Client
-	cookie *http.Cookie
+	base   *url.URL     // where it was opened: the cookie goes nowhere else
+	cookie *http.Cookie // of this session
 	public kbs.TEEPubKey
 	claims Claims
+	quoted [sha256.Size]byte // of the event log that the quote covers
 
 	mu  sync.Mutex
 	key *ecdsa.PrivateKey // nil once closed
@@ -47,18 +51,26 @@ func (s *Session) Token() Claims { return s.claims }
 // host is ignored: only the policy's broker is asked. A refusal by a rule is
 // cause.KeyRefused and final; a broker that does not answer is tried again
 // until ctx ends. A broker that has forgotten the session (it was restarted,
-// or the session's life is over) is cause.BrokerUnavailable at once, for only
-// a new session can help. The caller zeroises what it gets.
+// or the session's life is over), and one that does not answer where the policy
+// names others, is cause.BrokerUnavailable at once, for only a new session can
+// help. No key is given by a session that is older than the last event: that is
+// cause.KeyRefused too. The caller zeroises what it gets.
 func (s *Session) Resource(ctx context.Context, uri string) ([]byte, error) {
 	u, err := kbs.ParseResourceURI(uri)
 	if err != nil {
 		return nil, cause.New(cause.KeyMalformed, "%w", err)
 	}
+	if err := s.current(); err != nil {
+		return nil, err
+	}
 	body, err := retry(ctx, s.client, func() ([]byte, error) {
-		body, _, err := s.client.do(ctx, http.MethodGet, kbs.PathResource+u.Path(), s.cookie, nil)
-		return body, refusal(cause.KeyRefused, sessionGone(err))
+		body, _, err := s.client.do(ctx, http.MethodGet, s.base, kbs.PathResource+u.Path(), s.cookie, nil)
+		return body, s.client.route.leave(s.base, refusal(cause.KeyRefused, sessionGone(err)))
 	})
 	if err != nil {
+		return nil, err
+	}
+	if err := s.current(); err != nil { // an event came while the broker answered
 		return nil, err
 	}
 	s.mu.Lock()
@@ -67,6 +79,14 @@ func (s *Session) Resource(ctx context.Context, uri string) ([]byte, error) {
 		return nil, cause.New(cause.Internal, "the session is closed")
 	}
 	return decrypt(body, s.key)
+}
+
+// current refuses a session whose quote is older than the last event.
+func (s *Session) current() error {
+	if sha256.Sum256(s.client.c.EventLog()) != s.quoted {
+		return cause.New(cause.KeyRefused, "this session is older than the last event of the log: a key needs a new one")
+	}
+	return nil
 }
 
 // errSessionGone marks the end of a session: trying again in it is of no use.

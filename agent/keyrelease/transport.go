@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -51,7 +52,7 @@ func newTransport(roots []string) (*http.Client, error) {
 
 // post sends a message and returns the body of a 200 answer and the session
 // cookie that came with it, if any. An error answer is a *kbs.Error.
-func (cl *Client) post(ctx context.Context, path string, cookie *http.Cookie, message any) ([]byte, *http.Cookie, error) {
+func (cl *Client) post(ctx context.Context, base *url.URL, path string, cookie *http.Cookie, message any) ([]byte, *http.Cookie, error) {
 	body, err := json.Marshal(message)
 	if err != nil {
 		return nil, nil, cause.New(cause.Internal, "encode the request: %w", err)
@@ -59,13 +60,13 @@ func (cl *Client) post(ctx context.Context, path string, cookie *http.Cookie, me
 	if len(body) > kbs.MaxBody {
 		return nil, nil, cause.New(cause.EvidenceFailed, "the request has %d bytes, the protocol takes %d", len(body), kbs.MaxBody)
 	}
-	return cl.do(ctx, http.MethodPost, path, cookie, body)
+	return cl.do(ctx, http.MethodPost, base, path, cookie, body)
 }
 
-// do sends one request. The path is joined to the policy's URL: nothing that
-// the broker or an image says changes where a request goes.
-func (cl *Client) do(ctx context.Context, method, path string, cookie *http.Cookie, body []byte) ([]byte, *http.Cookie, error) {
-	request, err := http.NewRequestWithContext(ctx, method, cl.base.JoinPath(path).String(), bytes.NewReader(body))
+// do sends one request. The path is joined to one of the policy's URLs: nothing
+// that the broker or an image says changes where a request goes.
+func (cl *Client) do(ctx context.Context, method string, base *url.URL, path string, cookie *http.Cookie, body []byte) ([]byte, *http.Cookie, error) {
+	request, err := http.NewRequestWithContext(ctx, method, base.JoinPath(path).String(), bytes.NewReader(body))
 	if err != nil {
 		return nil, nil, cause.New(cause.Internal, "make the request: %w", err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/cc-runtime/cvm-agent/agent/platform"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -19,16 +20,19 @@ import (
 // Config is the agent's configuration, a part of the measured image. It is
 // read once; nothing else is consulted, and no environment.
 type Config struct {
-	Initdata      string  `yaml:"initdata"` // the document that the launch is bound to
-	Trust         Trust   `yaml:"trust"`
-	TPM           string  `yaml:"tpm"`      // device:PATH or unix:PATH
-	StateDir      string  `yaml:"stateDir"` // survives the daemon; holds the destroy latch
-	RunDir        string  `yaml:"runDir"`   // on a tmpfs: event log, committed policy, secrets
-	Storage       Storage `yaml:"storage"`
-	PodmanSocket  string  `yaml:"podmanSocket"`
-	ControlSocket string  `yaml:"controlSocket"`
-	SocketGroup   string  `yaml:"socketGroup"` // name or number
-	SBOMProgram   string  `yaml:"sbomProgram"`
+	Initdata string `yaml:"initdata"` // the document that the launch is bound to
+	Trust    Trust  `yaml:"trust"`
+	TPM      string `yaml:"tpm"` // device:PATH or unix:PATH; "": none is looked for
+	// AttestationKey is the key that a bare vTPM quotes with.
+	AttestationKey AttestationKey `yaml:"attestationKey"`
+	Azure          Azure          `yaml:"azure"`
+	StateDir       string         `yaml:"stateDir"` // survives the daemon; holds the destroy latch
+	RunDir         string         `yaml:"runDir"`   // on a tmpfs: event log, committed policy, secrets
+	Storage        Storage        `yaml:"storage"`
+	PodmanSocket   string         `yaml:"podmanSocket"`
+	ControlSocket  string         `yaml:"controlSocket"`
+	SocketGroup    string         `yaml:"socketGroup"` // name or number
+	SBOMProgram    string         `yaml:"sbomProgram"`
 	// RequireBrokerMark says whether a launch needs the broker's signed version
 	// mark. Unset: yes when the policy names a broker of dialect cvm-agent/1.
 	RequireBrokerMark *bool `yaml:"requireBrokerMark"`
@@ -39,6 +43,19 @@ type Trust struct {
 	Signers      []string `yaml:"signers"`      // SHA-256 of the SPKI DER, 64 lowercase hex digits
 	Threshold    int      `yaml:"threshold"`    // distinct signers needed; default 1
 	VersionFloor uint64   `yaml:"versionFloor"` // lowest policy version; default 1
+}
+
+// AttestationKey says of which kind the key is and who vouches for it.
+type AttestationKey struct {
+	Algorithm   string `yaml:"algorithm"`   // "auto" (default): RSA where the TPM has it; "rsa" or "ecc"
+	Certificate string `yaml:"certificate"` // nv:0x01…… or file:/PATH; default: credential activation with the EK
+}
+
+// Azure says where evidence gets what only the host has. Nothing is asked that
+// is not named here, and the verifier trusts none of it unsigned.
+type Azure struct {
+	VCEK string `yaml:"vcek"` // file with the chip's certificate, PEM or DER
+	THIM string `yaml:"thim"` // base URL of the host's service for VCEK and TD quotes
 }
 
 // Storage is podman's image and container storage.
@@ -106,8 +123,14 @@ func (c Config) check() error {
 			return cause.New(cause.Config, "%s is %q, expected an absolute path", name, path)
 		}
 	}
-	if kind, path, ok := strings.Cut(c.TPM, ":"); !ok || (kind != "device" && kind != "unix") || !filepath.IsAbs(path) {
+	if kind, path, ok := strings.Cut(c.TPM, ":"); c.TPM != "" && (!ok || (kind != "device" && kind != "unix") || !filepath.IsAbs(path)) {
 		return cause.New(cause.Config, "tpm is %q, expected device:PATH or unix:PATH", c.TPM)
+	}
+	if err := platform.AKOptions(c.AttestationKey).Check(); err != nil {
+		return cause.New(cause.Config, "attestationKey: %w", err)
+	}
+	if err := platform.AzureOptions(c.Azure).Check(); err != nil {
+		return cause.New(cause.Config, "azure: %w", err)
 	}
 	if len(c.Trust.Signers) == 0 {
 		return cause.New(cause.Config, "trust.signers is empty: no policy could be accepted")

@@ -66,6 +66,9 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 		return err
 	}
 	g.initdata = initdata
+	if err := a.allow(ctx, g); err != nil { // which register it is
+		return err
+	}
 	if a.log, err = a.platform.Log(ctx); err != nil {
 		return err
 	}
@@ -73,7 +76,7 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 	if err != nil {
 		return err
 	}
-	if err := a.allow(g); err != nil {
+	if err := a.allow(ctx, g); err != nil { // an upgrade's policy may have come in its place
 		return err
 	}
 	if first != nil {
@@ -96,8 +99,8 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 }
 
 // allow holds the platform against the policy's list.
-func (a *Agent) allow(g *generation) error {
-	name, err := a.platform.Allow(g.policy().Platforms)
+func (a *Agent) allow(ctx context.Context, g *generation) error {
+	name, err := a.platform.Allow(ctx, g.policy())
 	if err != nil {
 		return err
 	}

@@ -42,11 +42,14 @@ type World interface {
 
 // Platform is the opened TEE or TPM.
 type Platform interface {
-	// Allow returns which platform this is, if it is one of the allowed.
-	Allow(allowed []policy.Platform) (policy.Platform, error)
-	// Log opens the event log: it replays to the register, or fails closed.
+	// Allow returns which platform this is, if it is the one that the policy
+	// allows here. Asked again, for the next policy, it is the same platform or
+	// an error.
+	Allow(ctx context.Context, p *policy.Policy) (policy.Platform, error)
+	// Log opens the event log of the platform that Allow returned: it replays
+	// to the register, or fails closed.
 	Log(ctx context.Context) (Log, error)
-	Register() string // name of the register, for status
+	Register() string // name of the register, for status; after Allow
 	Close() error
 }
 

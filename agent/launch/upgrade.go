@@ -40,7 +40,7 @@ func (a *Agent) upgrade(ctx context.Context, body []byte) error {
 			return err
 		}
 		st.progress("%s version %d, %s", next.policy().Name, next.policy().Version, next.verified.Digest)
-		if err := a.allow(next); err != nil {
+		if err := a.allow(ctx, next); err != nil {
 			return err
 		}
 		if err := a.log.AppendOnce(ctx, next.event(eventlog.KindPolicyStaged, "")); err != nil {

@@ -5,13 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
-	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/platform"
 	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy"
@@ -29,7 +27,7 @@ func Main(ctx context.Context, configFile, version string, logger *slog.Logger) 
 	if err := prepare(c); err != nil {
 		return &PhaseError{Phase: "config", Err: err}
 	}
-	a := New(Options{Config: c, World: real{c, logger}, Logger: logger, Version: version})
+	a := New(Options{Config: c, World: real{c, logger, platform.Linux()}, Logger: logger, Version: version})
 	l, err := control.Listen(c.ControlSocket, a.gid)
 	if err != nil {
 		return &PhaseError{Phase: "config", Err: cause.New(cause.Config, "the control socket: %w", err)}
@@ -39,65 +37,15 @@ func Main(ctx context.Context, configFile, version string, logger *slog.Logger) 
 
 // real is the World of the product.
 type real struct {
-	config Config
-	logger *slog.Logger
+	config   Config
+	logger   *slog.Logger
+	hardware platform.Hardware
 }
 
 func (r real) trust() policy.Trust {
 	t := r.config.Trust
 	return policy.Trust{Fingerprints: t.Signers, Threshold: t.Threshold, VersionFloor: t.VersionFloor}
 }
-
-// Platform opens the TPM and requires PCR 8 to hold the initdata's digest.
-func (r real) Platform(ctx context.Context, initdata []byte) (Platform, error) {
-	doc, err := policy.ParseInitdata(initdata)
-	if err != nil {
-		return nil, err
-	}
-	tpm, err := platform.OpenTPM(r.config.TPM)
-	if err != nil {
-		return nil, cause.Wrap(cause.TPMUnavailable, err)
-	}
-	pcrs, err := tpm.ReadPCRs(ctx, platform.PCRLaunch)
-	if err == nil {
-		err = policy.CheckBindingPCR8(doc, pcrs[platform.PCRLaunch])
-	}
-	if err != nil {
-		_ = tpm.Close()
-		return nil, cause.Wrap(cause.TPMUnavailable, err)
-	}
-	return &tpmPlatform{tpm: tpm, dir: r.config.RunDir}, nil
-}
-
-type tpmPlatform struct {
-	tpm      *platform.TPM
-	dir      string
-	attester platform.Attester // set by Allow
-}
-
-func (p *tpmPlatform) Allow(allowed []policy.Platform) (policy.Platform, error) {
-	attester, err := platform.Detect(allowed, p.tpm)
-	if err != nil {
-		return "", err
-	}
-	p.attester = attester
-	return policy.Platform(attester.TEE()), nil
-}
-
-func (p *tpmPlatform) Log(ctx context.Context) (Log, error) {
-	dir := filepath.Join(p.dir, "eventlog")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, cause.New(cause.EventLogWrite, "%w", err)
-	}
-	l, err := eventlog.Open(ctx, dir, p.tpm.PCR14())
-	if err != nil {
-		return nil, err
-	}
-	return l, nil
-}
-
-func (p *tpmPlatform) Register() string { return p.tpm.PCR14().Name() }
-func (p *tpmPlatform) Close() error     { return p.tpm.Close() }
 
 func (r real) Policy(initdata []byte, now time.Time) (*policy.Verified, error) {
 	doc, err := policy.ParseInitdata(initdata)

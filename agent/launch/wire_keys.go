@@ -10,27 +10,27 @@ import (
 )
 
 func (r real) Broker(v *policy.Verified, initdata []byte, p Platform, l Log) (Broker, error) {
-	tpm, ok := p.(*tpmPlatform)
-	if !ok || tpm.attester == nil {
+	guest, ok := p.(*guestPlatform)
+	if !ok {
 		return nil, cause.New(cause.Internal, "no attester for the broker")
 	}
-	config := keyrelease.Config{Broker: *v.Policy.Broker, Initdata: initdata, EventLog: l.Bytes, Attester: tpm.attester, Logger: r.logger}
-	if _, err := keyrelease.New(config); err != nil { // says now what is wrong with the policy's keys
+	attester, err := guest.attester(v.Policy)
+	if err != nil {
 		return nil, err
 	}
-	return broker{config}, nil
-}
-
-type broker struct{ config keyrelease.Config }
-
-func (b broker) Attest(ctx context.Context, onWait func(error, time.Duration)) (Session, error) {
-	config := b.config
-	config.OnWait = onWait
+	config := keyrelease.Config{Broker: *v.Policy.Broker, Initdata: initdata, EventLog: l.Bytes, Attester: attester, Logger: r.logger}
 	client, err := keyrelease.New(config)
 	if err != nil {
 		return nil, err
 	}
-	s, err := client.Attest(ctx)
+	return broker{client}, nil
+}
+
+// broker keeps one client, which remembers the URL that answered last.
+type broker struct{ client *keyrelease.Client }
+
+func (b broker) Attest(ctx context.Context, onWait func(error, time.Duration)) (Session, error) {
+	s, err := b.client.WithWait(onWait).Attest(ctx)
 	if err != nil {
 		return nil, err
 	}

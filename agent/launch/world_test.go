@@ -112,8 +112,8 @@ func (fakeScanner) Close() {}
 
 type fakePlatform struct{ w *world }
 
-func (fakePlatform) Allow(allowed []policy.Platform) (policy.Platform, error) {
-	if !slices.Contains(allowed, policy.PlatformTPM) {
+func (fakePlatform) Allow(_ context.Context, p *policy.Policy) (policy.Platform, error) {
+	if !slices.Contains(p.Platforms, policy.PlatformTPM) {
 		return "", cause.New(cause.PlatformNotAllowed, "this is tpm")
 	}
 	return policy.PlatformTPM, nil

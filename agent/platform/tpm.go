@@ -31,8 +31,10 @@ const (
 type TPM struct {
 	mu   sync.Mutex
 	spec string
-	t    transport.TPMCloser
-	ak   *attestationKey // made at first use, gone with Close
+	t    transport.TPMCloser // nil once closed
+
+	options AKOptions
+	ak      *attestationKey // made at first use, gone with Close
 }
 
 // OpenTPM opens "device:PATH", a resource-managed TPM device, or "unix:PATH",
@@ -65,11 +67,16 @@ func OpenTPM(spec string) (*TPM, error) {
 func (p *TPM) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.t == nil {
+		return nil
+	}
 	if p.ak != nil {
 		_ = p.flush(p.ak.handle)
 		p.ak = nil
 	}
-	return p.t.Close()
+	err := p.t.Close()
+	p.t = nil
+	return err
 }
 
 // ReadPCRs returns the values of PCRs in the SHA-256 bank, 32 bytes each.
@@ -83,7 +90,7 @@ func (p *TPM) ReadPCRs(ctx context.Context, index ...int) (map[int][]byte, error
 func (p *TPM) readPCRs(ctx context.Context, index ...int) (map[int][]byte, error) {
 	values := make(map[int][]byte, len(index))
 	for len(index) > 0 {
-		if err := ctx.Err(); err != nil {
+		if err := p.usable(ctx); err != nil {
 			return nil, err
 		}
 		n := min(len(index), 8)
@@ -112,7 +119,7 @@ func (p *TPM) readPCRs(ctx context.Context, index ...int) (map[int][]byte, error
 func (p *TPM) ExtendPCR(ctx context.Context, index int, digest []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := ctx.Err(); err != nil {
+	if err := p.usable(ctx); err != nil {
 		return err
 	}
 	if len(digest) != crypto.SHA256.Size() {
@@ -146,6 +153,14 @@ func (r pcr14) Extend(ctx context.Context, digests map[crypto.Hash][]byte) error
 func (r pcr14) Read(ctx context.Context) ([]byte, error) {
 	values, err := r.p.ReadPCRs(ctx, PCREvents)
 	return values[PCREvents], err
+}
+
+// usable says whether commands may be sent. mu is held.
+func (p *TPM) usable(ctx context.Context) error {
+	if p.t == nil {
+		return cause.New(cause.TPMUnavailable, "%s is closed", p.spec)
+	}
+	return ctx.Err()
 }
 
 func (p *TPM) flush(h tpm2.TPMHandle) error {

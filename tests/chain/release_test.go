@@ -94,21 +94,22 @@ func TestARuleThatIsNotTheGuestsRefusesTheKey(t *testing.T) {
 type mixed struct {
 	platform.Attester
 	activate func(*kbs.CVMAgentChallenge) ([]byte, error)
-	evidence func(context.Context, [48]byte) (json.RawMessage, error)
+	evidence func(context.Context, [48]byte, []byte) (json.RawMessage, error)
 }
 
-func (m mixed) Activate(ctx context.Context, c *kbs.CVMAgentChallenge) ([]byte, error) {
+func (m mixed) Additional(ctx context.Context, nonce string, c *kbs.CVMAgentChallenge) (kbs.AdditionalCVMAgent, error) {
 	if m.activate != nil {
-		return m.activate(c)
+		secret, err := m.activate(c)
+		return kbs.AdditionalCVMAgent{Activation: secret}, err
 	}
-	return m.Attester.Activate(ctx, c)
+	return m.Attester.Additional(ctx, nonce, c)
 }
 
-func (m mixed) Evidence(ctx context.Context, reportData [48]byte) (json.RawMessage, error) {
+func (m mixed) Evidence(ctx context.Context, reportData [48]byte, events []byte) (json.RawMessage, error) {
 	if m.evidence != nil {
-		return m.evidence(ctx, reportData)
+		return m.evidence(ctx, reportData, events)
 	}
-	return m.Attester.Evidence(ctx, reportData)
+	return m.Attester.Evidence(ctx, reportData, events)
 }
 
 // A guest that is not what it says does not get as far as a token.
@@ -282,8 +283,8 @@ func TestABrokerRestart(t *testing.T) {
 	if got, err := after.Resource(ctx, webKey); err != nil || !bytes.Equal(got, kek) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
-	// Not a refusal of the key: the agent opens a new session.
-	if got, err := before.Resource(ctx, webKey); cause.Of(err) != cause.BrokerUnavailable || got != nil {
+	// A graceful restart loses nothing, sessions neither.
+	if got, err := before.Resource(ctx, webKey); err != nil || !bytes.Equal(got, kek) {
 		t.Errorf("in the session of before the restart: %d bytes, %v", len(got), err)
 	}
 

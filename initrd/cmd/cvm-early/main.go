@@ -25,15 +25,18 @@ import (
 const usage = `cvm-early binds the initdata to the launch.
 
 Usage:
-  cvm-early measure --initdata FILE --tpm SPEC   extend PCR 8 by the initdata's digest, once
+  cvm-early measure --initdata FILE [--tpm SPEC]
   cvm-early version
 
-  --initdata FILE   Confidential Containers initdata 0.1.0, algorithm sha256
+  --initdata FILE   Confidential Containers initdata 0.1.0
   --tpm SPEC        device:PATH, or unix:PATH for a TPM behind a socket
 
-PCR 8, 12, 13 and 14 must be zero: nobody has measured anything of their own
-before. A second run fails. Exit status: 0 done, 2 usage, 10 refused,
-20 the TPM does not answer, 30 the initdata cannot be decoded.
+In a SEV-SNP or TDX guest the launch is bound already: HOST_DATA or MRCONFIGID
+must be the initdata's digest, and no TPM is touched. Elsewhere, and on Azure,
+PCR 8 is extended by the digest (sha256), once: PCR 8, 12, 13 and 14 must be
+zero, for nobody has measured anything of their own before, and a second run
+fails. Exit status: 0 done, 2 usage, 10 refused, 20 the TPM does not answer,
+30 the initdata cannot be decoded.
 `
 
 // mustBeZero are the registers that nothing may have touched: 8 and 14 are
@@ -74,10 +77,10 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 			}
 			return cause.New(cause.Usage, "%w; see cvm-early help", err)
 		}
-		if *initdata == "" || *tpm == "" || flags.NArg() > 0 {
+		if *initdata == "" || flags.NArg() > 0 {
 			return cause.New(cause.Usage, "measure takes --initdata FILE and --tpm SPEC, and nothing else")
 		}
-		return measure(ctx, *initdata, *tpm, out)
+		return measure(ctx, platform.Linux(), *initdata, *tpm, out)
 	case "version", "--version":
 		fmt.Fprintln(out, version)
 		return nil
@@ -88,8 +91,9 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 	return cause.New(cause.Usage, "unknown command %q; see cvm-early help", args[0])
 }
 
-// measure extends PCR 8 by the digest of the initdata file.
-func measure(ctx context.Context, path, spec string, out io.Writer) error {
+// measure checks what a TEE's launch is bound to, or extends PCR 8 by the digest
+// of the initdata file.
+func measure(ctx context.Context, h platform.Hardware, path, spec string, out io.Writer) error {
 	raw, err := bounded.ReadFile(path, policy.MaxInitdata)
 	if err != nil {
 		return cause.New(cause.InitdataMalformed, "read the initdata: %w", err)
@@ -98,6 +102,29 @@ func measure(ctx context.Context, path, spec string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	guest, err := platform.Open(ctx, h, platform.Options{})
+	if err != nil {
+		return err
+	}
+	tee, err := guest.TEE()
+	if err != nil {
+		return err
+	}
+	if tee != nil {
+		if err := tee.CheckLaunch(ctx, initdata); err != nil {
+			return err
+		}
+		fmt.Fprintf(out, "%s launch is bound to %x\n", tee.TEE(), initdata.Digest())
+		return nil
+	}
+	if spec == "" {
+		return cause.New(cause.Usage, "measure takes --tpm SPEC where there is no SEV-SNP or TDX device")
+	}
+	return extend(ctx, initdata, spec, out)
+}
+
+// extend extends PCR 8, the first to measure anything of ours.
+func extend(ctx context.Context, initdata *policy.Initdata, spec string, out io.Writer) error {
 	if initdata.Algorithm != "sha256" {
 		return cause.New(cause.InitdataMalformed, "initdata algorithm %q: PCR 8 takes sha256", initdata.Algorithm)
 	}

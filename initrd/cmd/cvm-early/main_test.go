@@ -4,13 +4,19 @@ import (
 	"context"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/cc-runtime/cvm-agent/agent/platform"
+	"github.com/cc-runtime/cvm-agent/agent/platform/platformtest"
 	"github.com/cc-runtime/cvm-agent/agent/platform/swtpmtest"
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/snptest"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/tdxtest"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
 func TestMain(m *testing.M) {
@@ -50,6 +56,49 @@ func TestScripts(t *testing.T) {
 			},
 		},
 	})
+}
+
+// In a TEE the launch is bound already, and a TPM is not asked.
+func TestATEEsOwnLaunchFieldIsChecked(t *testing.T) {
+	raw, err := policy.PackInitdata("sha384", map[string]string{policy.KeyPolicy: "{}"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := policy.ParseInitdata(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "initdata.toml")
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	chain, host := snptest.New(t, snptest.Config{}), tdxtest.New(t, tdxtest.Config{})
+	snp := func(hostData []byte) platform.Hardware {
+		return platformtest.SNPByDevice(&snptest.Device{Chain: chain, Options: snptest.Options{HostData: hostData}})
+	}
+	tdx := func(config []byte) platform.Hardware {
+		return platformtest.NewTD(t, host, tdxtest.Report{MRConfigID: [48]byte(config)}).ByDevice()
+	}
+	both := snp(in.HostData())
+	both.Files = platformtest.NewFiles(platformtest.DeviceSEV, platformtest.DeviceTDX)
+	for name, c := range map[string]struct {
+		h    platform.Hardware
+		code cause.Code
+		says string
+	}{
+		"SEV-SNP":            {snp(in.HostData()), "", "snp launch is bound to"},
+		"SEV-SNP, unbound":   {snp(nil), cause.LaunchUnbound, ""},
+		"TDX":                {tdx(in.MRConfigID()), "", "tdx launch is bound to"},
+		"TDX, other":         {tdx(append(make([]byte, 47), 1)), cause.LaunchBinding, ""},
+		"both":               {both, cause.PlatformNotAllowed, ""},
+		"neither and no TPM": {platformtest.Bare(nil), cause.Usage, ""},
+	} {
+		var out strings.Builder
+		err := measure(context.Background(), c.h, file, "", &out)
+		if cause.Of(err) != c.code || !strings.HasPrefix(out.String(), c.says) {
+			t.Errorf("%s: %q, %v, expected %q", name, out.String(), err, c.code)
+		}
+	}
 }
 
 // The early stage stays small: what parses images or talks to podman has no
