@@ -45,6 +45,12 @@ func (o *options) appraise(e *evidence, now time.Time) (*appraisal.Appraisal, er
 		a, err = o.tpm(e, in)
 	case "snp":
 		a, err = o.snp(e, in)
+	case "az-snp-vtpm":
+		var s *collateral.Source
+		if s, err = o.source(o.collateral); err != nil {
+			return nil, err
+		}
+		a, err = (&appraisal.AzureSNP{SNP: &appraisal.SNP{Collateral: s, Roots: o.amd}}).Appraise(in)
 	case "tdx":
 		var v *appraisal.TDX
 		if v, err = o.intel(); err != nil {

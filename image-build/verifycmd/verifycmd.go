@@ -180,7 +180,7 @@ func (o *options) checkFit() error {
 		{len(o.allowMissing) > 0, "--allow-missing", o.tee != "tpm"},
 		{slices.Contains(o.allowMissing, missingTCBInfo), "--allow-missing " + missingTCBInfo, strings.HasSuffix(o.tee, "tdx") || o.tee == "az-tdx-vtpm"},
 		{o.certs != "" && o.collateral != "", "--certs beside --collateral", !o.tdx()},
-		{o.certs != "", "--certs", !strings.HasPrefix(o.tee, "az-snp")},
+		{o.certs != "", "--certs", o.tee != "az-snp-vtpm"}, // the evidence has its VCEK
 	} {
 		if f.set && !f.fits {
 			return cause.New(cause.Usage, "%s means nothing for TEE %s", f.name, o.tee)
