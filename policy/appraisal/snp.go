@@ -1,8 +1,6 @@
 package appraisal
 
 import (
-	"bytes"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"strings"
@@ -102,7 +100,7 @@ func (v *SNP) appraise(raw []byte, certs []kbs.SNPCert, in Input, lowest uint32)
 	t := NewVerdict()
 	facts := Facts{TEE: v.TEE(), Dialect: in.Dialect}
 	proven := v.judge(t, raw, certs, in, lowest)
-	checkSNPReportData(t, in, raw[0x50:0x90])
+	checkReportField(t, in, raw[0x50:0x90])
 	var host SNPFacts // what is not proven binds nothing
 	if proven != nil {
 		facts.SNP, host = proven, *proven
@@ -136,25 +134,6 @@ func notChecked(t *Verdict, facts *Facts, add kbs.AdditionalCVMAgent, others []s
 		t.Skip("additional-evidence:"+name, "", "not known here, or not needed on "+facts.TEE)
 		facts.Not = append(facts.Not, name)
 	}
-}
-
-// checkSNPReportData compares REPORT_DATA, 64 bytes, with this session's 48
-// and zeros, or with what an offline caller knows.
-func checkSNPReportData(t *Verdict, in Input, found []byte) {
-	want := in.ReportData[:]
-	if in.Offline != nil {
-		if want = in.Offline.ReportData; want == nil {
-			t.Skip(CheckReportData, "", "no report data to compare with; REPORT_DATA is "+hex.EncodeToString(found))
-			return
-		}
-	}
-	t.Require(CheckReportData)
-	padded := zeroPadded(want, len(found))
-	if padded == nil {
-		t.Fail(CheckReportData, fmt.Sprintf("%d bytes, more than REPORT_DATA has", len(want)), hex.EncodeToString(found))
-		return
-	}
-	t.Check(bytes.Equal(found, padded), CheckReportData, hex.EncodeToString(padded), hex.EncodeToString(found))
 }
 
 // judge fills the rows that concern the report and its signing key alone. It

@@ -1,10 +1,12 @@
 package appraisal
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"sync"
@@ -84,16 +86,14 @@ func (v *TDX) AppraiseRaw(quote, ccel []byte, in Input) (*Appraisal, error) {
 	facts := Facts{TEE: v.TEE(), Dialect: in.Dialect}
 	q, err := parseTDXQuote(quote)
 	var version *tdxVersionError
-	if errors.As(err, &version) {
-		t.Require(CheckTDXVersion)
-		t.Fail(CheckTDXVersion, "4 or 5", version.Error())
-		return &Appraisal{Verdict: t, Facts: facts}, nil
-	}
-	if err != nil {
+	switch {
+	case errors.As(err, &version):
+		return refuseTDXVersion(t, facts, version), nil
+	case err != nil:
 		return nil, err
 	}
 	facts.TDX = v.checkQuote(t, q, in.Time)
-	checkReportField(t, CheckReportData, in, q.reportData())
+	checkReportField(t, in, q.reportData())
 
 	proven := facts.TDX
 	if proven == nil {
@@ -109,14 +109,17 @@ func (v *TDX) AppraiseRaw(quote, ccel []byte, in Input) (*Appraisal, error) {
 
 	t.Skip("tdx-owner", "", "MROWNER and MROWNERCONFIG are facts; no rule pins them")
 	t.Skip("tdx-user-data", "", "the quote header's user data is the quoting enclave's own")
-	if len(add.Activation) > 0 {
-		others = append(others, "cvm-agent-activation")
+	if in.Dialect == kbs.Dialect && in.Offline == nil {
+		add.Instance = "" // looked at above
 	}
-	for _, name := range others {
-		t.Skip("additional-evidence:"+name, "", "not known here")
-		facts.Not = append(facts.Not, name)
-	}
+	notChecked(t, &facts, add, others)
 	return &Appraisal{Verdict: t, Facts: facts}, nil
+}
+
+func refuseTDXVersion(t *Verdict, facts Facts, found *tdxVersionError) *Appraisal {
+	t.Require(CheckTDXVersion)
+	t.Fail(CheckTDXVersion, "4 or 5", found.Error())
+	return &Appraisal{Verdict: t, Facts: facts}
 }
 
 // checkQuote fills the rows that concern the quote and Intel's collateral
@@ -153,19 +156,21 @@ func (v *TDX) checkQuote(t *Verdict, q *tdxQuote, now time.Time) *TDXFacts {
 	return f
 }
 
-// checkReportField compares a report's 64 bytes with the session's report_data
-// and the zero bytes after it. Offline they are compared with what the caller
-// knows, which may be nothing.
-func checkReportField(t *Verdict, name string, in Input, field []byte) {
+// checkReportField compares a hardware report's 64 bytes with this session's 48
+// and zeros, or with what an offline caller knows, which may be nothing.
+func checkReportField(t *Verdict, in Input, found []byte) {
 	want := in.ReportData[:]
 	if in.Offline != nil {
 		if want = in.Offline.ReportData; want == nil {
-			t.Skip(name, "", "no report data to compare with; the field is "+hex.EncodeToString(field))
+			t.Skip(CheckReportData, "", "no report data to compare with; the field is "+hex.EncodeToString(found))
 			return
 		}
 	}
-	t.Require(name)
-	padded := make([]byte, max(len(field), len(want)))
-	copy(padded, want)
-	t.Check(string(padded) == string(field), name, hex.EncodeToString(padded), hex.EncodeToString(field))
+	t.Require(CheckReportData)
+	padded := zeroPadded(want, len(found))
+	if padded == nil {
+		t.Fail(CheckReportData, fmt.Sprintf("%d bytes, more than the field has", len(want)), hex.EncodeToString(found))
+		return
+	}
+	t.Check(bytes.Equal(found, padded), CheckReportData, hex.EncodeToString(padded), hex.EncodeToString(found))
 }

@@ -166,11 +166,11 @@ func (c *Config) open(ctx context.Context, credentials string, logger *slog.Logg
 
 // verifiers are those of every platform whose evidence is accepted.
 func (c *Config) verifiers(roots []appraisal.RootSet, vendors *collateral.Source) []appraisal.Verifier {
-	snp := &appraisal.SNP{Collateral: vendors}
+	snp, tdx := &appraisal.SNP{Collateral: vendors}, &appraisal.TDX{Collateral: vendors}
 	return []appraisal.Verifier{
 		snp, &appraisal.AzureSNP{SNP: snp},
 		&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
-		&appraisal.TDX{Collateral: vendors},
+		tdx, &appraisal.AzureTDX{TDX: tdx},
 	}
 }
 

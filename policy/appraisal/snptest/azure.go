@@ -38,6 +38,17 @@ var ak = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKe
 // AzureEvidence is the primary evidence of TEE "az-snp-vtpm".
 func (c *Chain) AzureEvidence(t testing.TB, reportData [kbs.ReportDataSize]byte, o AzureOptions) json.RawMessage {
 	t.Helper()
+	return Azure(t, reportData, o, 2, func(rd [64]byte, ev *kbs.AzureEvidence) []byte {
+		ev.VCEK = kbs.URLBase64(c.Signer.Vcek.Raw)
+		return c.Report(t, rd, o.Report)
+	})
+}
+
+// Azure is the evidence of either Azure form. hardware is given the report's
+// REPORT_DATA; it returns the hardware report of a kind (2: SNP, 4: TDX) and
+// sets what goes beside it.
+func Azure(t testing.TB, reportData [kbs.ReportDataSize]byte, o AzureOptions, kind uint32, hardware func([64]byte, *kbs.AzureEvidence) []byte) json.RawMessage {
+	t.Helper()
 	key, err := ak()
 	if err != nil {
 		t.Fatal(err)
@@ -54,11 +65,8 @@ func (c *Chain) AzureEvidence(t testing.TB, reportData [kbs.ReportDataSize]byte,
 	var rd [64]byte
 	sum := sha256.Sum256([]byte(runtime))
 	copy(rd[:], sum[:])
-	ev := kbs.AzureEvidence{
-		Version: kbs.AzureVersion, VCEK: kbs.URLBase64(c.Signer.Vcek.Raw),
-		HCLReport: HCLReport(2, c.Report(t, rd, o.Report), runtime),
-		Quote:     azureQuote(t, key, reportData, o),
-	}
+	ev := kbs.AzureEvidence{Version: kbs.AzureVersion, Quote: azureQuote(t, key, reportData, o)}
+	ev.HCLReport = HCLReport(kind, hardware(rd, &ev), runtime)
 	b, err := json.Marshal(ev)
 	if err != nil {
 		t.Fatal(err)

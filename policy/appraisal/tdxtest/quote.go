@@ -5,10 +5,14 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/json"
 	"slices"
 	"testing"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/snptest"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
 // Report is what a TD may choose, or the host for it. The zero value of a
@@ -116,6 +120,21 @@ func (p *Parts) assemble(t testing.TB) []byte {
 	data.Write(binary.LittleEndian.AppendUint32(nil, uint32(cert.Len())))
 	data.Write(cert.Bytes())
 	return append(binary.LittleEndian.AppendUint32(signed, uint32(data.Len())), data.Bytes()...)
+}
+
+// AzureEvidence is the primary evidence of TEE "az-tdx-vtpm": the quote is over
+// the runtime data that names the vTPM's AK, the AK's over reportData. What r
+// says of report data does not count.
+func (p *Platform) AzureEvidence(t testing.TB, reportData [kbs.ReportDataSize]byte, r Report, o snptest.AzureOptions, changes ...func(*Parts)) json.RawMessage {
+	t.Helper()
+	return snptest.Azure(t, reportData, o, 4, func(rd [64]byte, ev *kbs.AzureEvidence) []byte {
+		r.ReportData = rd
+		ev.TDQuote = p.Quote(t, r, changes...)
+		td := make([]byte, 1024) // a TDREPORT; its MAC is worth nothing here
+		td[0] = 0x81
+		copy(td[128:], rd[:])
+		return td
+	})
 }
 
 // InstanceJWS is member cvm-agent-instance: the nonce, signed by key, whose
