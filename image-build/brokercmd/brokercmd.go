@@ -1,5 +1,6 @@
-// Package brokercmd is `cvmctl broker`: resources, release rules, version
-// marks and the audit log of a key broker, from the outside. The admin token
+// Package brokercmd is `cvmctl broker`: resources, release rules, reference
+// documents, version marks, instances and the audit log of a key broker, from
+// the outside. The admin token
 // comes from a file, never from an argument or the environment.
 package brokercmd
 
@@ -34,11 +35,13 @@ func Command() *cobra.Command {
 	o := &options{}
 	c := &cobra.Command{
 		Use:   "broker",
-		Short: "Manage a key broker's resources, release rules and version marks",
-		Long: "Manage a key broker's resources, release rules and version marks. Every command but audit needs --url,\n" +
-			"--ca and --token-file; `cvm-broker init` writes the files for the last two.",
+		Short: "Manage a key broker's resources, release rules, reference documents, marks and instances",
+		Long: "Manage a key broker's resources, release rules, reference documents, version marks and instances. Every\n" +
+			"command but audit needs --url, --ca and --token-file; `cvm-broker init` writes the files for the last two.",
 		Example: "  cvmctl broker resource list --url https://broker.example:8443 --ca ca.pem --token-file admin.token\n" +
 			"  cvmctl broker rule set kbs:///default/key/app --file rule.yaml --url … --ca … --token-file …\n" +
+			"  cvmctl broker reference set --file reference.dsse.json --url … --ca … --token-file …\n" +
+			"  cvmctl broker instance tombstone 0123456789abcdef0123456789abcdef --url … --ca … --token-file …\n" +
 			"  cvmctl broker mark set payments 7 --url … --ca … --token-file …\n" +
 			"  cvmctl broker audit verify audit.ndjson",
 		PersistentPreRunE: func(*cobra.Command, []string) error {
@@ -55,7 +58,7 @@ func Command() *cobra.Command {
 	f.StringVar(&o.tokenFile, "token-file", "", "`FILE` with the admin token, readable by its owner alone")
 	f.StringVar(&o.output, "output", "text", "`FORMAT` of the output: text or json")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	c.AddCommand(o.resource(), o.rule(), o.mark(), o.audit())
+	c.AddCommand(o.resource(), o.rule(), o.reference(), o.mark(), o.instance(), o.audit())
 	return c
 }
 
@@ -201,7 +204,7 @@ func (o *options) rule() *cobra.Command {
 		}
 		return o.print(cmd, r, string(text))
 	}}
-	return group("rule", "Release rules: who gets a resource",
+	rule := group("rule", "Release rules: who gets a resource",
 		set, show,
 		o.does("delete URI", "Delete a rule: nobody gets the resource from then on", "deleted", 1,
 			func(cmd *cobra.Command, c *adminclient.Client, a []string) error {
@@ -211,6 +214,8 @@ func (o *options) rule() *cobra.Command {
 			return c.Rules(cmd.Context())
 		}),
 	)
+	rule.Aliases = []string{"rules"}
+	return rule
 }
 
 func (o *options) mark() *cobra.Command {
