@@ -9,15 +9,19 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse"
 )
 
 func policyCommand() *cobra.Command {
-	return group("policy", "Write, sign and verify launch policies",
+	return group("policy", "Write, sign and verify launch policies and reference documents",
 		"A launch policy says what may run in a confidential VM and who may get keys. It is\n"+
 			"written as YAML, signed as canonical JSON in a DSSE envelope, and carried to the guest\n"+
-			"in initdata (see cvmctl initdata).",
+			"in initdata (see cvmctl initdata).\n\n"+
+			"A reference document holds reference values and release rules. It is written and signed\n"+
+			"in the same way, and given to a broker (see cvmctl broker reference). Every command here\n"+
+			"tells the two apart by apiVersion or payload type.",
 		checkCommand(), signCommand(), verifyCommand(), showCommand(), schemaCommand())
 }
 
@@ -65,19 +69,24 @@ func (s summary) print(c *cobra.Command, format, verdict string) error {
 func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "check FILE",
-		Short:   "Check a policy against every rule, without signatures",
+		Short:   "Check a policy or a reference document against every rule, without signatures",
 		Long:    "Check decodes a policy strictly and applies every rule that the guest applies. FILE is\nYAML, the canonical JSON or an envelope; - reads standard input.",
 		Example: "  cvmctl policy check policy.yaml",
 		Args:    exactArgs(1, "one file"),
 	}
 	format := outputFlag(c)
 	c.RunE = func(c *cobra.Command, args []string) error {
-		p, payload, form, err := readPolicy(c, args[0])
+		d, err := readDocument(c, args[0])
 		if err != nil {
 			return err
 		}
-		s := summarize(p, payload)
-		s.Form = form
+		if d.reference != nil {
+			s := summarizeReference(d.reference, d.payload)
+			s.Form = d.form
+			return s.print(c, *format, "ok: "+args[0]+" is a valid reference document")
+		}
+		s := summarize(d.policy, d.payload)
+		s.Form = d.form
 		return s.print(c, *format, "ok: "+args[0]+" is a valid policy")
 	}
 	return c
@@ -88,8 +97,8 @@ func signCommand() *cobra.Command {
 	var in, out, passwordFile string
 	c := &cobra.Command{
 		Use:   "sign --key KEY [--key KEY2] --in FILE --out FILE",
-		Short: "Sign a policy",
-		Long: "Sign writes a DSSE envelope over the policy's canonical JSON, with one signature per\n" +
+		Short: "Sign a policy or a reference document",
+		Long: "Sign writes a DSSE envelope over the document's canonical JSON, with one signature per\n" +
 			"key. Keys are those of `cosign generate-key-pair`, or PKCS #8 in PEM: ECDSA P-256, Ed25519\n" +
 			"or RSA. When --in is an envelope already, the signatures are added to it.\n\n" +
 			"The passphrase of an encrypted key is taken from --password-file, from COSIGN_PASSWORD\n" +
@@ -98,41 +107,20 @@ func signCommand() *cobra.Command {
 		Args:    exactArgs(0, "none"),
 	}
 	c.Flags().StringArrayVar(&keys, "key", nil, "private key `file`; may be repeated")
-	c.Flags().StringVar(&in, "in", "", "policy `file`: YAML, JSON or an envelope; - is standard input")
+	c.Flags().StringVar(&in, "in", "", "document `file`: YAML, JSON or an envelope; - is standard input")
 	c.Flags().StringVar(&out, "out", "-", "`file` for the envelope; - is standard output")
 	c.Flags().StringVar(&passwordFile, "password-file", "", "`file` whose first line is the passphrase of encrypted keys")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		if err := require(c, "key", "in"); err != nil {
 			return err
 		}
-		data, err := readInput(c, in, policy.MaxSize, cause.PolicyTooLarge)
+		d, err := readDocument(c, in)
 		if err != nil {
 			return err
 		}
-		var envelope *dsse.Envelope
-		if e, perr := parseEnvelope(data); perr == nil {
-			if e.PayloadType != policy.PayloadType {
-				return cause.New(cause.PolicyMalformed, "%s: payload type is %q, expected %q", in, e.PayloadType, policy.PayloadType)
-			}
-			if _, err := policy.DecodeJSON(e.Payload); err != nil {
-				return named(in, err)
-			}
-			envelope = e
-		} else {
-			var p *policy.Policy
-			if looksLikeJSON(data) {
-				p, err = policy.DecodeJSON(data)
-			} else {
-				p, err = policy.DecodeYAML(data)
-			}
-			if err != nil {
-				return named(in, err)
-			}
-			payload, err := p.Canonical()
-			if err != nil {
-				return named(in, err)
-			}
-			envelope = &dsse.Envelope{PayloadType: policy.PayloadType, Payload: payload}
+		envelope := d.envelope
+		if envelope == nil {
+			envelope = &dsse.Envelope{PayloadType: d.payloadType, Payload: d.payload}
 		}
 		signers, err := loadSigners(c, keys, passwordFile)
 		if err != nil {
@@ -156,7 +144,7 @@ func verifyCommand() *cobra.Command {
 	var floor uint64
 	c := &cobra.Command{
 		Use:     "verify --key PUB [--key PUB2] [--threshold N] FILE",
-		Short:   "Verify a signed policy as the guest would",
+		Short:   "Verify a signed policy as the guest would, or a reference document as a broker would",
 		Long:    "Verify requires signatures by N distinct keys of those given, applies every rule, and\nchecks the expiry against this machine's clock.",
 		Example: "  cvmctl policy verify --key cosign.pub policy.dsse.json",
 		Args:    exactArgs(1, "one file"),
@@ -170,7 +158,7 @@ func verifyCommand() *cobra.Command {
 		if err := require(c, "key"); err != nil {
 			return err
 		}
-		_, fingerprints, pem, err := loadPublicKeys(c, keys)
+		public, fingerprints, pem, err := loadPublicKeys(c, keys)
 		if err != nil {
 			return err
 		}
@@ -180,6 +168,12 @@ func verifyCommand() *cobra.Command {
 		envelope, err := readInput(c, args[0], policy.MaxSize, cause.PolicyTooLarge)
 		if err != nil {
 			return err
+		}
+		if kindOf(envelope) == kindReference {
+			if len(rotation) > 0 {
+				return cause.New(cause.Usage, "--rotation is for policies: a broker's configuration names who signs reference documents")
+			}
+			return verifyReference(c, args[0], *format, envelope, public, threshold, floor)
 		}
 		var links [][]byte
 		for _, r := range rotation {
@@ -209,18 +203,21 @@ func showCommand() *cobra.Command {
 	}
 	format := outputFlag(c)
 	c.RunE = func(c *cobra.Command, args []string) error {
-		p, payload, form, err := readPolicy(c, args[0])
+		d, err := readDocument(c, args[0])
 		if err != nil {
 			return err
 		}
 		if *format == "json" {
-			return printJSON(c.OutOrStdout(), json.RawMessage(payload))
+			return printJSON(c.OutOrStdout(), json.RawMessage(d.payload))
 		}
-		s := summarize(p, payload)
-		if form == "envelope" {
+		if d.form == "envelope" {
 			fmt.Fprintln(c.OutOrStdout(), "signatures are not verified here: see cvmctl policy verify")
 		}
-		if err := s.print(c, "text", ""); err != nil {
+		if d.reference != nil {
+			return summarizeReference(d.reference, d.payload).print(c, "text", "")
+		}
+		p := d.policy
+		if err := summarize(p, d.payload).print(c, "text", ""); err != nil {
 			return err
 		}
 		var names []string
@@ -237,14 +234,19 @@ func showCommand() *cobra.Command {
 }
 
 func schemaCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:     "schema",
-		Short:   "Print the JSON Schema of the policy, for editors",
-		Long:    "Schema prints a JSON Schema (2020-12). An editor with the YAML language server uses it when\nthe policy's first line is\n\n  # yaml-language-server: $schema=policy.schema.json",
-		Example: "  cvmctl policy schema > policy.schema.json",
+	var kind string
+	c := &cobra.Command{
+		Use:     "schema [--kind policy|reference]",
+		Short:   "Print the JSON Schema of the policy or the reference document, for editors",
+		Long:    "Schema prints a JSON Schema (2020-12). An editor with the YAML language server uses it when\nthe document's first line is\n\n  # yaml-language-server: $schema=policy.schema.json",
+		Example: "  cvmctl policy schema > policy.schema.json\n  cvmctl policy schema --kind reference > reference.schema.json",
 		Args:    exactArgs(0, "none"),
 		RunE: func(c *cobra.Command, _ []string) error {
-			s, err := policy.Schema()
+			write, ok := map[string]func() ([]byte, error){kindPolicy: policy.Schema, kindReference: release.ReferenceSchema}[kind]
+			if !ok {
+				return cause.New(cause.Usage, "--kind is %q, expected %s or %s", kind, kindPolicy, kindReference)
+			}
+			s, err := write()
 			if err != nil {
 				return err
 			}
@@ -252,4 +254,7 @@ func schemaCommand() *cobra.Command {
 			return err
 		},
 	}
+	c.Flags().StringVar(&kind, "kind", kindPolicy, "`KIND` of document: policy or reference")
+	_ = c.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions([]string{kindPolicy, kindReference}, cobra.ShellCompDirectiveNoFileComp))
+	return c
 }

@@ -1,6 +1,6 @@
 // Package policycmd is the part of cvmctl that writes, signs and shows launch
-// policies and packs them into initdata: `cvmctl policy …` and `cvmctl initdata
-// …`. It reads and writes files and talks to nobody.
+// policies and reference documents, and packs policies into initdata: `cvmctl
+// policy …` and `cvmctl initdata …`. It reads and writes files and talks to nobody.
 package policycmd
 
 import (
@@ -13,7 +13,6 @@ import (
 	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 
-	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
@@ -112,29 +111,6 @@ func printJSON(w io.Writer, v any) error {
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
-}
-
-// readPolicy reads a policy as YAML, as canonical JSON or in an envelope whose
-// signatures are not looked at, and says in which form it was.
-func readPolicy(c *cobra.Command, path string) (p *policy.Policy, payload []byte, form string, err error) {
-	data, err := readInput(c, path, policy.MaxSize, cause.PolicyTooLarge)
-	if err != nil {
-		return nil, nil, "", err
-	}
-	if !looksLikeJSON(data) {
-		p, err = policy.DecodeYAML(data)
-		if err != nil {
-			return nil, nil, "", named(path, err)
-		}
-		payload, err = p.Canonical()
-		return p, payload, "yaml", err
-	}
-	form, payload = "json", data
-	if e, perr := parseEnvelope(data); perr == nil {
-		form, payload = "envelope", e.Payload
-	}
-	p, err = policy.DecodeJSON(payload)
-	return p, payload, form, named(path, err)
 }
 
 // named puts the file's name before the text and keeps the cause.

@@ -40,6 +40,14 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	reference, err := os.ReadFile("../../policy/examples/reference/reference.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	referenceSchema, err := os.ReadFile("../../policy/examples/reference/reference.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
 	pair, err := cosign.GenerateKeyPair(func(bool) ([]byte, error) { return []byte("correct horse"), nil })
 	if err != nil {
 		t.Fatal(err)
@@ -50,6 +58,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			for name, data := range map[string][]byte{
 				"policy.yaml": minimal, "expected.schema.json": schema,
+				"reference.yaml": reference, "expected.reference.schema.json": referenceSchema,
 				"cosign.key": pair.PrivateBytes, "cosign.pub": pair.PublicBytes,
 				"ed25519.key": ed.PKCS8, "ed25519.pub": []byte(ed.PEM),
 				"rsa.key": rsa.PKCS8, "rsa.pub": []byte(rsa.PEM),
