@@ -35,9 +35,19 @@ type options struct {
 	storage string // "tmpfs" or a directory
 	verbose bool
 	cache   string
+	only    string // "", "launch" or "broker"
+	quick   bool
+	profile string // directory for the broker's profiles, or ""
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == serveMode {
+		if err := serve(os.Args[2:], os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	o, err := parse(os.Args[1:])
@@ -57,7 +67,9 @@ func main() {
 func parse(args []string) (o options, err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.IntVar(&o.runs, "runs", 5, "runs of each side, alternating")
-	quick := flags.Bool("quick", false, "2 runs of the small image alone: does everything work?")
+	flags.BoolVar(&o.quick, "quick", false, "2 runs of the small image alone, a tenth of the broker's sessions: does everything work?")
+	flags.StringVar(&o.only, "only", "", "launch or broker; both when empty")
+	flags.StringVar(&o.profile, "profile", "", "existing directory for CPU and heap profiles of the broker")
 	images := flags.String("images", small+","+large, "images to measure with")
 	flags.DurationVar(&o.idle, "idle", 5*time.Second, "how long after ready the idle memory is taken")
 	flags.StringVar(&o.output, "output", "text", "text or json")
@@ -67,11 +79,11 @@ func parse(args []string) (o options, err error) {
 		return o, err
 	}
 	o.images = strings.Split(*images, ",")
-	if *quick {
+	if o.quick {
 		o.runs, o.images, o.idle = 2, []string{small}, 2*time.Second
 	}
-	if flags.NArg() > 0 || o.runs < 1 || o.output != "text" && o.output != "json" {
-		return o, errors.New("usage: bench [-runs N] [-quick] [-images 20MB,500MB] [-idle 5s] [-output text|json] [-storage tmpfs|DIR] [-v]")
+	if flags.NArg() > 0 || o.runs < 1 || o.output != "text" && o.output != "json" || o.only != "" && o.only != "launch" && o.only != "broker" {
+		return o, errors.New("usage: bench [-only launch|broker] [-runs N] [-quick] [-images 20MB,500MB] [-idle 5s] [-output text|json] [-storage tmpfs|DIR] [-profile DIR] [-v]")
 	}
 	for _, name := range o.images {
 		if name != large && name != small {
@@ -95,16 +107,39 @@ type bench struct {
 }
 
 // run measures and writes the report to out, its progress to errs.
-func run(ctx context.Context, o options, out, errs io.Writer) (err error) {
+func run(ctx context.Context, o options, out, errs io.Writer) error {
 	if os.Geteuid() != 0 {
 		return errors.New("run as root: it mounts file systems and runs containers")
 	}
 	b := &bench{options: o, began: time.Now(), err: errs}
-	details := io.Discard
-	if o.verbose {
-		details = errs
+	report := newReport(o)
+	if o.only != "launch" {
+		if err := b.inWorkDir(func(dir string) error {
+			measured, err := b.broker(ctx, dir)
+			if err == nil {
+				report.addBroker(measured)
+			}
+			return err
+		}); err != nil {
+			return fmt.Errorf("broker: %w", err)
+		}
 	}
-	dir, err := workDir(o.storage)
+	if o.only != "broker" {
+		if err := b.launches(ctx, report); err != nil {
+			return err
+		}
+	}
+	report.LoadAfter, report.Seconds = loadAverage(), time.Since(b.began).Seconds()
+	return report.write(out, o.output)
+}
+
+// launches measures launches, with each image.
+func (b *bench) launches(ctx context.Context, report *Report) (err error) {
+	details := io.Discard
+	if b.verbose {
+		details = b.err
+	}
+	dir, err := workDir(b.storage)
 	if err != nil {
 		return err
 	}
@@ -113,15 +148,14 @@ func run(ctx context.Context, o options, out, errs io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	report := newReport(o)
-	b.say("starting registry, TPM, broker, podman (load %s)", report.LoadBefore)
+	b.say("starting registry, TPM, broker, podman (load %s)", loadAverage())
 	if b.stage, err = r.NewStage(ctx, nil); err != nil {
 		return err
 	}
 	if b.owner, err = b.stage.Owner.Fingerprint(); err != nil {
 		return err
 	}
-	sources, err := b.sources(ctx, o.images)
+	sources, err := b.sources(ctx, b.images)
 	if err != nil {
 		return err
 	}
@@ -132,8 +166,22 @@ func run(ctx context.Context, o options, out, errs io.Writer) (err error) {
 		}
 		report.add(measured)
 	}
-	report.LoadAfter, report.Seconds = loadAverage(), time.Since(b.began).Seconds()
-	return report.write(out, o.output)
+	return nil
+}
+
+// inWorkDir makes a work directory, and removes it afterwards.
+func (b *bench) inWorkDir(do func(dir string) error) (err error) {
+	dir, err := workDir(b.storage)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if b.storage == "tmpfs" {
+			err = errors.Join(err, syscall.Unmount(dir, 0))
+		}
+		err = errors.Join(err, os.RemoveAll(dir))
+	}()
+	return do(dir)
 }
 
 // workDir makes the work directory; the rig unmounts and removes it. On tmpfs,

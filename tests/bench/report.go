@@ -19,9 +19,9 @@ const (
 
 // Row is one number, beside the bar that the design sets for it, if any.
 type Row struct {
-	Image   string  `json:"image"`
+	Image   string  `json:"image,omitempty"` // none: of the broker
 	What    string  `json:"what"`
-	Unit    string  `json:"unit"` // "s", "ms", "MiB" or "x"
+	Unit    string  `json:"unit"` // "s", "ms", "/s", "MiB" or "x"
 	Bar     float64 `json:"bar,omitempty"`
 	Compare string  `json:"compare,omitempty"` // of the median to the bar
 	Met     *bool   `json:"met,omitempty"`
@@ -48,18 +48,19 @@ type PhaseRow struct {
 
 // Report is the program's output.
 type Report struct {
-	Time       time.Time  `json:"time"`
-	CPUs       int        `json:"cpus"`
-	Kernel     string     `json:"kernel"`
-	Go         string     `json:"go"`
-	Runs       int        `json:"runs"`
-	Storage    string     `json:"storage"`
-	LoadBefore string     `json:"loadBefore"`
-	LoadAfter  string     `json:"loadAfter"`
-	Seconds    float64    `json:"seconds"` // of the whole program
-	Images     []source   `json:"images"`
-	Rows       []Row      `json:"rows"`
-	Phases     []PhaseRow `json:"phases"`
+	Time       time.Time   `json:"time"`
+	CPUs       int         `json:"cpus"`
+	Kernel     string      `json:"kernel"`
+	Go         string      `json:"go"`
+	Runs       int         `json:"runs"`
+	Storage    string      `json:"storage"`
+	LoadBefore string      `json:"loadBefore"`
+	LoadAfter  string      `json:"loadAfter"`
+	Seconds    float64     `json:"seconds"` // of the whole program
+	Images     []source    `json:"images"`
+	Rows       []Row       `json:"rows"`
+	Phases     []PhaseRow  `json:"phases"`
+	Broker     *BrokerPart `json:"broker,omitempty"`
 }
 
 func newReport(o options) *Report {
@@ -85,17 +86,20 @@ func each[T any](runs []T, number func(T) float64) []float64 {
 	return out
 }
 
+// row adds a number; bar is nothing, or a direction and a bound.
+func (r *Report) row(image, what, unit string, samples []float64, bar ...any) {
+	w := Row{Image: image, What: what, Unit: unit, Stat: stat(samples)}
+	if len(bar) == 2 {
+		w.Compare, w.Bar = bar[0].(string), bar[1].(float64)
+	}
+	w.judge()
+	r.Rows = append(r.Rows, w)
+}
+
 // add takes the measurements with one image.
 func (r *Report) add(m *measurements) {
 	r.Images = append(r.Images, m.source)
-	row := func(what, unit string, samples []float64, bar ...any) {
-		w := Row{Image: m.Name, What: what, Unit: unit, Stat: stat(samples)}
-		if len(bar) == 2 {
-			w.Compare, w.Bar = bar[0].(string), bar[1].(float64)
-		}
-		w.judge()
-		r.Rows = append(r.Rows, w)
-	}
+	row := func(what, unit string, samples []float64, bar ...any) { r.row(m.Name, what, unit, samples, bar...) }
 	seconds := func(t timing) float64 { return t.Seconds }
 	cpu := func(t timing) float64 { return t.CPU }
 	first := each(m.first, func(l *launch) float64 { return l.Seconds })
@@ -156,17 +160,7 @@ func (r *Report) write(out io.Writer, format string) error {
 		r.Time.Format(time.RFC3339), r.CPUs, r.Kernel, r.Go, r.Runs, r.Storage, r.LoadBefore, r.LoadAfter, r.Seconds)
 	for _, s := range r.Images {
 		fmt.Fprintf(t, "\n%s image: %.0f MB unpacked, %.0f MB compressed, %d entries, one layer\n\n", s.Name, mb(s.Unpacked), mb(s.Compressed), s.Entries)
-		fmt.Fprintln(t, "what\tmedian\tmin\tmax\tn\tbar\t")
-		for _, w := range r.Rows {
-			if w.Image != s.Name {
-				continue
-			}
-			bar := ""
-			if w.Met != nil {
-				bar = fmt.Sprintf("%s %s %s\t%s", w.Compare, number(w.Bar, w.Unit), w.Unit, map[bool]string{true: "met", false: "NOT MET"}[*w.Met])
-			}
-			fmt.Fprintf(t, "%s\t%s %s\t%s\t%s\t%d\t%s\n", w.What, number(w.Median, w.Unit), w.Unit, number(w.Min, w.Unit), number(w.Max, w.Unit), len(w.Samples), bar)
-		}
+		r.table(t, s.Name)
 		fmt.Fprintln(t, "\nphase of the launch (medians)\tfirst: begins\ttakes\tsecond: begins\ttakes\t")
 		second := map[string]PhaseRow{}
 		for _, p := range r.Phases {
@@ -187,12 +181,36 @@ func (r *Report) write(out io.Writer, format string) error {
 			}
 		}
 	}
+	if b := r.Broker; b != nil {
+		fmt.Fprintf(t, "\nkey broker: SEV-SNP evidence, certificates known, dialect cvm-agent/1; latency over %.0f s in each round, memory over %d sessions of which %d are held, %d launches of the agent's client\n\n",
+			b.SecondsEach, b.Sessions, b.Held, b.Agents)
+		r.table(t, "")
+		fmt.Fprintf(t, "\non storage for each session: audit log %d bytes, embedded storage %d bytes\n", b.AuditPerSession, b.StorePerSession)
+	}
 	return t.Flush()
+}
+
+// table writes the rows of one image, or of the broker.
+func (r *Report) table(out io.Writer, image string) {
+	fmt.Fprintln(out, "what\tmedian\tmin\tmax\tn\tbar\t")
+	for _, w := range r.Rows {
+		if w.Image != image {
+			continue
+		}
+		bar := ""
+		if w.Met != nil {
+			bar = fmt.Sprintf("%s %s %s\t%s", w.Compare, number(w.Bar, w.Unit), w.Unit, map[bool]string{true: "met", false: "NOT MET"}[*w.Met])
+		}
+		fmt.Fprintf(out, "%s\t%s %s\t%s\t%s\t%d\t%s\n", w.What, number(w.Median, w.Unit), w.Unit, number(w.Min, w.Unit), number(w.Max, w.Unit), len(w.Samples), bar)
+	}
 }
 
 // number has the digits that its unit is good for.
 func number(v float64, unit string) string {
-	if unit == "ms" || unit == "MiB" {
+	switch {
+	case unit == "ms" && v < 20:
+		return fmt.Sprintf("%.2f", v)
+	case unit == "ms" || unit == "MiB" || unit == "/s":
 		return fmt.Sprintf("%.0f", v)
 	}
 	return fmt.Sprintf("%.2f", v)

@@ -1,6 +1,9 @@
 package main
 
-import "slices"
+import (
+	"math"
+	"slices"
+)
 
 // Stat summarises samples of one quantity. A median and the whole spread, not
 // a mean and a deviation: a handful of runs on a shared machine is not normally
@@ -44,4 +47,16 @@ func ratios(over, under []float64) []float64 {
 		}
 	}
 	return out
+}
+
+// percentile is the smallest sample that at least so many percent of the
+// samples do not exceed (nearest rank); 0 of none. It is always a sample, never
+// between two: an interpolated 99th percentile is of a request that nobody made.
+func percentile(samples []float64, percent float64) float64 {
+	if len(samples) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(samples))
+	rank := int(math.Ceil(percent / 100 * float64(len(sorted))))
+	return sorted[min(max(rank, 1), len(sorted))-1]
 }

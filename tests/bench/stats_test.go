@@ -29,6 +29,38 @@ func TestStat(t *testing.T) {
 	}
 }
 
+func TestPercentile(t *testing.T) {
+	hundred := make([]float64, 100)
+	for i := range hundred {
+		hundred[(i*37)%100] = float64(i + 1)
+	}
+	for name, c := range map[string]struct {
+		samples []float64
+		percent float64
+		want    float64
+	}{
+		"no samples are zero":                        {nil, 99, 0},
+		"one sample is all of them":                  {[]float64{7}, 99, 7},
+		"of a hundred, one is above the 99th":        {hundred, 99, 99},
+		"half are at or below the 50th":              {hundred, 50, 50},
+		"the 100th is the largest":                   {hundred, 100, 100},
+		"the 0th is the smallest":                    {hundred, 0, 1},
+		"it is a sample, never between two":          {[]float64{1, 10}, 50, 1},
+		"few samples make the 99th the largest":      {[]float64{3, 1, 2}, 99, 3},
+		"a rank that is not whole is the next above": {[]float64{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 91, 10},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := slices.Clone(c.samples)
+			if got := percentile(c.samples, c.percent); got != c.want {
+				t.Errorf("got %v, expected %v", got, c.want)
+			}
+			if !slices.Equal(c.samples, before) {
+				t.Error("the order of the samples changed")
+			}
+		})
+	}
+}
+
 func TestRatios(t *testing.T) {
 	for name, c := range map[string]struct{ over, under, want []float64 }{
 		"pair by pair, not sorted against sorted": {[]float64{2, 9}, []float64{4, 3}, []float64{0.5, 3}},
