@@ -67,12 +67,12 @@ type brokerRun struct {
 }
 
 // broker measures the key broker. dir is for its files.
-func (b *bench) broker(ctx context.Context, dir string) (*brokerRun, error) {
+func (b *bench) broker(ctx context.Context, dir string, plan brokerPlan) (*brokerRun, error) {
 	f, err := newFleet(ctx, filepath.Join(dir, "fleet"))
 	if err != nil {
 		return nil, err
 	}
-	run := &brokerRun{plan: b.brokerPlan()}
+	run := &brokerRun{plan: plan}
 	if err := b.brokerSpeed(ctx, dir, f, run); err != nil {
 		return nil, err
 	}
@@ -161,16 +161,17 @@ func measurePeak(ctx context.Context, p *brokerProcess, during time.Duration, do
 	return peak{Rate: float64(n) / took.Seconds(), Server: (cpuOf(p.pid()) - server) * each, Load: (ownCPU() - load) * each}, nil
 }
 
-// timeQuotes is what one made quote takes, in ms of one processor.
+// timeQuotes is what one made quote takes of a processor, in ms.
 func timeQuotes(ctx context.Context, f *fleet) (float64, error) {
-	n, took, err := closedLoop(ctx, 1, 100, 0, func(context.Context, int) error {
+	before := ownCPU()
+	n, _, err := closedLoop(ctx, 1, 200, 0, func(context.Context, int) error {
 		_, err := f.quote([48]byte{}, [32]byte{})
 		return err
 	})
 	if err != nil {
 		return 0, err
 	}
-	return milliseconds(took) / float64(n), nil
+	return (ownCPU() - before) * 1000 / float64(n), nil
 }
 
 // brokerMemory runs the sessions of a day on a broker of its own and looks at

@@ -42,6 +42,8 @@ func (r *Report) addBroker(m *brokerRun) {
 	row("  broker's CPU for each session", "ms", each(m.kept, server))
 	row("  load generator's CPU for each session", "ms", each(m.kept, func(p peak) float64 { return p.Load }))
 	row("    of that, the made quote", "ms", m.quote)
+	// By processor time: what others on the machine take is not in them.
+	row(fmt.Sprintf("  derived: both on %d processors that nobody else uses", runtime.NumCPU()), "/s", each(m.kept, func(p peak) float64 { return 1000 * float64(runtime.NumCPU()) / (p.Server + p.Load) }))
 	row(fmt.Sprintf("  derived: %d processors for the broker alone", runtime.NumCPU()), "/s", each(m.kept, alone))
 	row("the same, a new TLS connection for each session", "/s", each(m.fresh, rate))
 	row("  broker's CPU for each session", "ms", each(m.fresh, server))

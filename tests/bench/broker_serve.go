@@ -123,7 +123,7 @@ func serve(args []string, in io.Reader, out io.Writer) (err error) {
 	}
 	grace, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	return server.Shutdown(grace)
+	return errors.Join(server.Shutdown(grace), handler.Close())
 }
 
 // open reads what the configuration names, with a verifier for the made chip.
@@ -144,11 +144,11 @@ func (o serveOptions) open(c *broker.Config) (*broker.Options, error) {
 	if err != nil || len(hash) != 32 {
 		return nil, fmt.Errorf("%s is not one SHA-256", c.AdminTokenHashes)
 	}
-	kek, err := os.ReadFile(c.KEK.File)
+	source, err := c.KEK.Open("")
 	if err != nil {
 		return nil, err
 	}
-	store, err := broker.OpenStore(c.Storage, kek)
+	store, err := broker.OpenStore(c.Storage, source)
 	if err != nil {
 		return nil, err
 	}
@@ -159,6 +159,8 @@ func (o serveOptions) open(c *broker.Config) (*broker.Options, error) {
 	return &broker.Options{
 		Store: store, Audit: log, TokenKey: key, AdminHashes: [][32]byte{[32]byte(hash)}, Verifiers: []appraisal.Verifier{verifier},
 		MaxSessions: c.Limits.Sessions, Now: time.Now,
+		// All guests of the load have one address: the limit is there, and high.
+		PeerRate: 1e6, PeerBurst: 1e6,
 		// As cvm-broker logs: to a stream, from level info on.
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	}, nil

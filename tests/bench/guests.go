@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,6 +43,8 @@ const (
 var (
 	fleetImage = "sha256:" + strings.Repeat("1", 64)
 	fleetKey   = bytes.Repeat([]byte{0x5e}, 32)
+	// fleetLaunch is the MEASUREMENT of all.
+	fleetLaunch = bytes.Repeat([]byte{0x4d}, 48)
 )
 
 // sessionsPerGuest is how many sessions one REPORT_ID opens: a launch with one
@@ -159,10 +162,16 @@ func (r *register) Read(context.Context) ([]byte, error) { return r.value[:], ni
 
 // rule is the fleet's release rule: everything that a rule can ask of SNP.
 func (f *fleet) rule() release.Rule {
+	tcb := snptest.DefaultTCB(fleetLine)
 	return release.Rule{
 		APIVersion: release.RuleAPIVersion, Platforms: []string{"snp"},
 		Policy: &release.PolicyRule{Names: []string{fleetPolicy}, Signers: []string{f.signer}, MinimumVersion: fleetVersion},
 		Images: []string{fleetImage},
+		Launch: []release.Launch{{Label: "bench", Platform: "snp", SNP: &release.SNPLaunch{Measurement: hex.EncodeToString(fleetLaunch)}}},
+		TCB: &release.TCB{SNP: &release.SNPTCB{
+			Minimum:     map[string]release.SNPMinimum{fleetLine: {Bootloader: &tcb.Bootloader, TEE: &tcb.TEE, SNP: &tcb.SNP, Microcode: &tcb.Microcode}},
+			SigningKeys: []string{"vcek"}, VMPL: &release.VMPL{Exact: new(uint32)}, RequireRevocation: true,
+		}},
 	}
 }
 
@@ -176,7 +185,7 @@ func (f *fleet) guest() [32]byte {
 func (f *fleet) quote(reportData [kbs.ReportDataSize]byte, guest [32]byte) ([]byte, error) {
 	var padded [64]byte
 	copy(padded[:], reportData[:])
-	raw, err := f.chain.SNPReport(padded, snptest.Options{HostData: f.hostData, ReportID: guest[:]}).Raw()
+	raw, err := f.chain.SNPReport(padded, snptest.Options{Measurement: fleetLaunch, HostData: f.hostData, ReportID: guest[:]}).Raw()
 	if err != nil {
 		return nil, err
 	}

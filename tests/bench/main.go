@@ -115,7 +115,7 @@ func run(ctx context.Context, o options, out, errs io.Writer) error {
 	report := newReport(o)
 	if o.only != "launch" {
 		if err := b.inWorkDir(func(dir string) error {
-			measured, err := b.broker(ctx, dir)
+			measured, err := b.broker(ctx, dir, o.brokerPlan())
 			if err == nil {
 				report.addBroker(measured)
 			}

@@ -97,3 +97,53 @@ func TestRowsMeetTheirBars(t *testing.T) {
 		t.Error("a row without a bar is judged")
 	}
 }
+
+func TestMappedPSS(t *testing.T) {
+	const maps = `00400000-0048a000 r-xp 00000000 fd:03 960637 /usr/bin/program
+Size:                552 kB
+Pss:                 300 kB
+Pss_Dirty:             0 kB
+7f0000000000-7f0000800000 r--s 00000000 00:2a 12 /tmp/bench/broker.db
+Size:               8192 kB
+Pss:                2048 kB
+Pss_Dirty:          1024 kB
+VmFlags: rd mr mw me ms sd
+7f0000800000-7f0000900000 r--s 00800000 00:2a 12 /tmp/bench/broker.db
+Pss:                1024 kB
+7f0000900000-7f0000a00000 rw-p 00000000 00:00 0
+Pss:                4096 kB
+7f0000a00000-7f0000b00000 r--s 00000000 00:2a 13 /tmp/bench/broker.db.lock
+Pss:                  64 kB
+`
+	if got := mappedPSS(maps, "/tmp/bench/broker.db"); got != 3 {
+		t.Errorf("%v MiB, expected 3", got)
+	}
+	if got := mappedPSS(maps, "/tmp/bench/other.db"); got != 0 {
+		t.Errorf("%v MiB of a file that is not mapped", got)
+	}
+}
+
+func TestGrowth(t *testing.T) {
+	at := func(own ...float64) []brokerMemory {
+		var list []brokerMemory
+		for i, v := range own { // storage grows, and is not counted
+			list = append(list, brokerMemory{PSS: v + float64(i), Storage: float64(i)})
+		}
+		return list
+	}
+	for name, c := range map[string]struct {
+		samples []brokerMemory
+		full    int
+		want    []float64
+	}{
+		"from when it is full to the end":        {at(10, 20, 40, 44), 1, []float64{2.2}},
+		"filling up is no growth":                {at(10, 40, 40, 40), 1, []float64{1}},
+		"too few sessions to fill it: no number": {at(10, 20), 2, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := growth(c.samples, c.full); !slices.Equal(got, c.want) {
+				t.Errorf("got %v, expected %v", got, c.want)
+			}
+		})
+	}
+}
