@@ -147,6 +147,10 @@ func (b *bench) brokerSpeed(ctx context.Context, dir string, f *fleet, run *brok
 		b.say("broker, round %d of %d: %.0f sessions/s, %.2f ms of the broker's CPU each, %.2f of this program's; at %d/s half within %.1f ms, 99 %% within %.1f ms",
 			n+1, b.runs, kept.Rate, kept.Server, kept.Load, offered, percentile(latency, 50), percentile(latency, 99))
 	}
+	if run.agents, err = f.agents(ctx, p, run.plan.agents); err != nil {
+		return fmt.Errorf("the agent's client: %w", err)
+	}
+	b.say("broker, %d launches of the agent's client: attest and key in %.1f ms without the quote, 99 %% within %.1f", run.plan.agents, percentile(run.agents, 50), percentile(run.agents, 99))
 	return nil
 }
 

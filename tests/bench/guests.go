@@ -131,7 +131,7 @@ func (f *fleet) measure(ctx context.Context, dir, digest string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	log, err := eventlog.Open(ctx, dir, &register{})
+	log, err := eventlog.Open(ctx, dir, eventlog.NewHead(dir))
 	if err != nil {
 		return err
 	}
@@ -146,19 +146,6 @@ func (f *fleet) measure(ctx context.Context, dir, digest string) error {
 	f.log = log.Bytes()
 	return nil
 }
-
-// register stands for the hardware's: plain SEV-SNP has none.
-type register struct{ value [32]byte }
-
-func (*register) Name() string { return "pcr14" }
-func (*register) Index() int   { return eventlog.IndexPCR14 }
-
-func (r *register) Extend(_ context.Context, digests map[crypto.Hash][]byte) error {
-	r.value = sha256.Sum256(append(r.value[:], digests[crypto.SHA256]...))
-	return nil
-}
-
-func (r *register) Read(context.Context) ([]byte, error) { return r.value[:], nil }
 
 // rule is the fleet's release rule: everything that a rule can ask of SNP.
 func (f *fleet) rule() release.Rule {
