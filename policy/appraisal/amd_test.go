@@ -302,7 +302,7 @@ func TestCacheIsBounded(t *testing.T) {
 }
 
 func FuzzSNPEvidence(f *testing.F) {
-	f.Add([]byte(read(f, "trustee-snp-evidence.json")))
+	f.Add(read(f, "trustee-snp-evidence.json"))
 	v := lenient()
 	f.Fuzz(func(t *testing.T, b []byte) {
 		a, err := v.Appraise(Input{Dialect: kbs.DialectKBS, Primary: b, Time: amdTime, ReportData: [48]byte{1}})

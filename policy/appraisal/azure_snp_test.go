@@ -228,7 +228,7 @@ func TestMadeAzureSNPEvidence(t *testing.T) {
 }
 
 func FuzzAzureSNPEvidence(f *testing.F) {
-	f.Add([]byte(read(f, "trustee-az-snp-vtpm-evidence-v2.json")))
+	f.Add(read(f, "trustee-az-snp-vtpm-evidence-v2.json"))
 	v := &AzureSNP{SNP: lenient()}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// No report data of a session is that of the recording.
