@@ -61,8 +61,14 @@ func (o *options) appraise(e *evidence, now time.Time) (*appraisal.Appraisal, er
 		} else {
 			a, err = v.Appraise(in)
 		}
+	case "az-tdx-vtpm":
+		var v *appraisal.TDX
+		if v, err = o.intel(); err != nil {
+			return nil, err
+		}
+		a, err = (&appraisal.AzureTDX{TDX: v}).Appraise(in)
 	default:
-		err = cause.New(cause.Usage, "TEE %s is not verified here", o.tee)
+		err = cause.New(cause.Internal, "no verifier of TEE %s", o.tee)
 	}
 	if err != nil {
 		return nil, cause.Wrap(cause.EvidenceMalformed, err)

@@ -154,6 +154,35 @@ func TestTDXWithCollateral(t *testing.T) {
 	}
 }
 
+// Azure's two forms in whole attest requests.
+func TestAzureRequests(t *testing.T) {
+	chain, platform := snptest.New(t, snptest.Config{}), tdxtest.New(t, tdxtest.Config{})
+	o := options{amd: chain.Roots(), intelRoots: platform.Roots()}
+	for tee, c := range map[string]struct {
+		primary func(rd [kbs.ReportDataSize]byte) json.RawMessage
+		dir     string
+	}{
+		"az-snp-vtpm": {func(rd [kbs.ReportDataSize]byte) json.RawMessage {
+			return chain.AzureEvidence(t, rd, snptest.AzureOptions{})
+		}, chain.Collateral(t).Dir},
+		"az-tdx-vtpm": {func(rd [kbs.ReportDataSize]byte) json.RawMessage {
+			return platform.AzureEvidence(t, rd, tdxtest.Report{MRTD: [48]byte{1}, RTMR: [4][48]byte{{2}, {3}, {4}}}, snptest.AzureOptions{})
+		}, platform.Source(t).Dir},
+	} {
+		r, rd := request(t, "")
+		r.TEEEvidence.PrimaryEvidence = c.primary(rd)
+		args := []string{"--format", "kbs", "--tee", tee, "--collateral", c.dir}
+		d, err := o.runs(t, append(args, "--in", file(t, "request.json", r))...)
+		if err != nil || d.Verdict.Outcome(appraisal.CheckReportData) != appraisal.Passed || !strings.HasPrefix(d.Facts.Identity, "az-ak:") {
+			t.Errorf("%s: %v", tee, err)
+		}
+		r.RuntimeData.Nonce = "b3RoZXI="
+		if _, err = o.runs(t, append(args, "--in", file(t, "request.json", r))...); cause.Of(err) != cause.EvidenceRefused || !strings.Contains(err.Error(), "report-data:") {
+			t.Errorf("%s, another nonce: %v", tee, err)
+		}
+	}
+}
+
 // One flipped bit anywhere in what AMD's key signed, or in its signature, is a
 // refusal, and every truncation is malformed.
 func TestSNPVectorEveryByte(t *testing.T) {
