@@ -22,7 +22,7 @@ func policyCommand() *cobra.Command {
 			"A reference document holds reference values and release rules. It is written and signed\n"+
 			"in the same way, and given to a broker (see cvmctl broker reference). Every command here\n"+
 			"tells the two apart by apiVersion or payload type.",
-		checkCommand(), signCommand(), verifyCommand(), showCommand(), schemaCommand())
+		checkCommand(), signCommand(), verifyCommand(), showCommand(), schemaCommand(), exportCommand())
 }
 
 // summary is what check, sign, verify and show say of a policy.
