@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help deps build test race lint fuzz bench demo clean
+.PHONY: help deps build broker-pkcs11 test race lint fuzz bench demo clean
 
 # Static binaries without cgo. The tags are the same everywhere, so that builds,
 # tests and the linter share one cache: an OpenPGP without gpgme, podman's
@@ -16,6 +16,8 @@ CVM_TOOLS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cvm-agent/tools
 export CVM_TOOLS
 
 VERSION := $(or $(shell git describe --tags --always --dirty 2>/dev/null),unknown)
+# The one thing that needs cgo: a vendor's PKCS #11 library is loaded at run time.
+WITH_PKCS11 := CGO_ENABLED=1 GOFLAGS='$(GOFLAGS),pkcs11'
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
 SBOM_MODULE := agent/cmd/cvm-sbom
@@ -36,7 +38,7 @@ GO_TEST_EXEC := -exec "$(AS_ROOT)"
 endif
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 deps: ## install what is missing: Debian packages, stock tools outside the tree
 	@sh tests/deps.sh
@@ -47,12 +49,19 @@ build: ## the five programs, static and stripped, into bin/
 	go build -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./,$(PROGRAMS))
 	cd $(SBOM_MODULE) && go build -ldflags '$(LDFLAGS)' -o $(CURDIR)/bin/cvm-sbom .
 
+broker-pkcs11: ## cvm-broker and cvmctl with a KEK in a PKCS #11 token; needs cgo
+	@sh tests/deps.sh go
+	@mkdir -p bin
+	$(WITH_PKCS11) go build -ldflags '$(LDFLAGS)' -o bin/cvm-broker-pkcs11 ./policy/cmd/cvm-broker
+	$(WITH_PKCS11) go build -ldflags '$(LDFLAGS)' -o bin/cvmctl-pkcs11 ./image-build/cmd/cvmctl
+
 demo: deps build ## the whole story on this machine, ends with "demo: ok"
 	@go build -ldflags '-s -w' -o bin/cvm-demo ./tests/demo
 	@$(AS_ROOT) bin/cvm-demo
 
 test: deps build race ## all tests, against real podman, registry, swtpm and the stock tools
 	cd $(SBOM_MODULE) && go test $(GO_TEST_EXEC) $(TESTFLAGS) ./...
+	$(WITH_PKCS11) go test $(GO_TEST_EXEC) $(TESTFLAGS) ./policy/broker/kek
 	go test $(GO_TEST_EXEC) $(TESTFLAGS) ./...
 
 race: deps build ## the concurrent packages under the race detector
@@ -61,6 +70,7 @@ race: deps build ## the concurrent packages under the race detector
 lint: deps ## gofmt, go vet, golangci-lint with the layering rules
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo 'not gofmt-ed:'; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
+	$(WITH_PKCS11) go vet ./policy/broker/kek
 	cd $(SBOM_MODULE) && go vet ./...
 	$(CVM_TOOLS)/bin/golangci-lint run ./...
 	cd $(SBOM_MODULE) && $(CVM_TOOLS)/bin/golangci-lint run ./...

@@ -25,9 +25,11 @@ syft          github.com/anchore/syft/cmd/syft                           v1.57.0
 golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint     v2.15.0
 '
 
-# gcc and libc6-dev are for the race detector alone: nothing we ship uses cgo.
+# gcc and libc6-dev are for the race detector and the PKCS #11 variant: nothing
+# that `make build` makes uses cgo. postgresql and softhsm2 are what the
+# broker's storage and KEK are tested against.
 packages='ca-certificates crun curl gcc git iproute2 jq libc6-dev make mmdebstrap
-podman procps runc skopeo swtpm swtpm-tools uidmap zstd'
+podman postgresql procps runc skopeo softhsm2 swtpm swtpm-tools uidmap zstd'
 
 say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

@@ -106,9 +106,23 @@ func (l *launched) event(t *testing.T, e eventlog.Event) {
 	}
 }
 
+// begin opens a session in dialect cvm-agent/1 and returns what posts evidence
+// for it.
+func (l *launched) begin(t *testing.T, r *running) (post func() (int, string), g *guest) {
+	t.Helper()
+	return l.prepare(t, r, nil)
+}
+
 // attest runs dialect cvm-agent/1 with handwritten JSON. change may tamper with
 // what is sent after everything was quoted.
 func (l *launched) attest(t *testing.T, r *running, change func(initdata *string, additional map[string]string)) (*guest, int, string) {
+	t.Helper()
+	post, g := l.prepare(t, r, change)
+	status, body := post()
+	return g, status, body
+}
+
+func (l *launched) prepare(t *testing.T, r *running, change func(initdata *string, additional map[string]string)) (func() (int, string), *guest) {
 	t.Helper()
 	b64 := base64.StdEncoding.EncodeToString
 	g, challenge := r.newGuest(t, elliptic.P256(), fmt.Sprintf(`{"supported-hash-algorithms":["sha384"],"cvm-agent":{"version":"cvm-agent/1","ek_cert":%q,"ak_public":%q}}`,
@@ -141,8 +155,7 @@ func (l *launched) attest(t *testing.T, r *running, change func(initdata *string
 		}
 		init = `{"format":"toml","body":` + string(b) + `}`
 	}
-	status, body := g.attest(t, init, ev, string(additional))
-	return g, status, body
+	return func() (int, string) { return g.attest(t, init, ev, string(additional)) }, g
 }
 
 func (l *launched) rule() release.Rule {

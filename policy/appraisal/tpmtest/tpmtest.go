@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,11 +89,14 @@ func Start(t testing.TB, ca *CA, kind Kind) *TPM {
 	}
 	t.Cleanup(func() { _ = run.Process.Kill(); _ = run.Wait() })
 	for until := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if _, err = os.Stat(p.Socket); err == nil {
+		// The socket is there a moment before it is listened on.
+		var c net.Conn
+		if c, err = net.Dial("unix", p.Socket); err == nil {
+			_ = c.Close()
 			break
 		}
 		if time.Now().After(until) {
-			t.Fatalf("swtpm made no socket: %v", err)
+			t.Fatalf("swtpm does not listen: %v", err)
 		}
 	}
 	conn, err := linuxudstpm.Open(p.Socket)
