@@ -299,6 +299,34 @@ func TestTDXMemoryKeepsDates(t *testing.T) {
 	refused(t, c.appraise(t), CheckTDXChain)
 }
 
+// A signer's certificate that ends before what it signed does.
+func TestTDXMemoryKeepsTheSignersDates(t *testing.T) {
+	now := time.Now()
+	c := newTDX(t, tdxtest.Config{Certificate: func(name string, cert *x509.Certificate) {
+		if name == "signer" {
+			cert.NotAfter = now.Add(time.Hour)
+		}
+	}}).sign(t)
+	accepted(t, c.appraise(t))
+	c.in.Time = now.Add(2 * time.Hour)
+	refused(t, c.appraise(t), CheckTDXTCBInfo, CheckTDXQEIdentity)
+}
+
+// A list that came anew is read anew.
+func TestTDXMemoryFollowsTheSource(t *testing.T) {
+	c := newTDX(t, tdxtest.Config{}).sign(t)
+	clock := time.Now()
+	c.verifier.Collateral.Now = func() time.Time { return clock }
+	accepted(t, c.appraise(t))
+	list := c.platform.List(t, "pck", func(l *x509.RevocationList) { revoke("pck", tdxtest.SerialPCK)("pck", l) })
+	if err := c.verifier.Collateral.Put(tdxtest.PCKCRL, collateral.Piece{Body: list}); err != nil {
+		t.Fatal(err)
+	}
+	accepted(t, c.appraise(t))
+	clock = clock.Add(2 * time.Hour)
+	refused(t, c.appraise(t), CheckTDXRevocation)
+}
+
 func FuzzIntelDocument(f *testing.F) {
 	p := tdxtest.New(f, tdxtest.Config{})
 	f.Add(p.Pieces()[tdxtest.TCBInfo].Body)

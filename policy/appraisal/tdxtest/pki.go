@@ -187,14 +187,13 @@ func sgxExtension(t testing.TB) []byte {
 func (p *Platform) makeCollateral(t testing.TB, c Config) {
 	t.Helper()
 	from, to := c.Now.Add(-time.Hour).UTC().Truncate(time.Second), c.Now.Add(30*24*time.Hour).UTC().Truncate(time.Second)
-	list := func(name string, issuer *x509.Certificate, by string) []byte {
-		l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: from, NextUpdate: to}
-		if c.List != nil {
-			c.List(name, l)
-		}
-		der, err := x509.CreateRevocationList(rand.Reader, l, issuer, p.keys[by])
-		check(t, err)
-		return der
+	list := func(name string) []byte {
+		return p.List(t, name, func(l *x509.RevocationList) {
+			l.ThisUpdate, l.NextUpdate = from, to
+			if c.List != nil {
+				c.List(name, l)
+			}
+		})
 	}
 	components := func(n int) (out []any) {
 		for range 16 {
@@ -237,11 +236,26 @@ func (p *Platform) makeCollateral(t testing.TB, c Config) {
 	}
 	signer := url.QueryEscape(string(chainPEM(p.Signer, p.Root)))
 	p.pieces = map[string]collateral.Piece{
-		RootCRL:    {Body: list("root", p.Root, "root")},
-		PCKCRL:     {Body: list("pck", p.CA, "ca"), Header: http.Header{pcs.SgxPckCrlIssuerChainPhrase: {url.QueryEscape(string(chainPEM(p.CA, p.Root)))}}},
+		RootCRL:    {Body: list("root")},
+		PCKCRL:     {Body: list("pck"), Header: http.Header{pcs.SgxPckCrlIssuerChainPhrase: {url.QueryEscape(string(chainPEM(p.CA, p.Root)))}}},
 		TCBInfo:    {Body: p.SignDocument(t, "tcbInfo", info), Header: http.Header{pcs.TcbInfoIssuerChainPhrase: {signer}}},
 		QEIdentity: {Body: p.SignDocument(t, "enclaveIdentity", identity), Header: http.Header{pcs.SgxQeIdentityIssuerChainPhrase: {signer}}},
 	}
+}
+
+// List is a revocation list valid now, "root" or "pck", with a change made
+// before it is signed.
+func (p *Platform) List(t testing.TB, name string, change func(*x509.RevocationList)) []byte {
+	t.Helper()
+	issuer, by := p.Root, "root"
+	if name == "pck" {
+		issuer, by = p.CA, "ca"
+	}
+	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: time.Now().Add(time.Hour)}
+	change(l)
+	der, err := x509.CreateRevocationList(rand.Reader, l, issuer, p.keys[by])
+	check(t, err)
+	return der
 }
 
 // SignDocument is a document as Intel's service gives it.
