@@ -205,3 +205,26 @@ func FuzzDecodeJSON(f *testing.F) {
 		}
 	})
 }
+
+// Numbers of arrays are passed over where nothing is expected of them: what
+// comes after and between them has its place all the same.
+func TestCheckJSONPathsAmongNumbers(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"a":[1,-2.5e+3,[30,{"b":1,"b":2}]]}`:        "a[2][1].b",
+		`{"a":[1,2],"b":{"c":1,"c":2}}`:               "b.c",
+		`{"a":[ 1 , "\ud800" , 3 ]}`:                  "a[1]",
+		`{"a":[[],[1],[1,2],[1,2,3,4,5,6,7,8,9,10]]}`: "a[3][6]",
+	} {
+		err := CheckJSON([]byte(text), Limits{Nodes: 16})
+		var at *FieldError
+		if !errors.As(err, &at) || at.Path != want {
+			t.Errorf("%s: %v, expected an error at %s", text, err, want)
+		}
+	}
+	if err := CheckJSON([]byte(`[0,1,[2,3,[4]],5,true,6,null,7,"8",{"a":9},-0.1E-2]`), Limits{Nodes: 18}); err != nil {
+		t.Error(err)
+	}
+	if err := CheckJSON([]byte(`[0,1,[2,3,[4]],5,true,6,null,7,"8",{"a":9},-0.1E-2]`), Limits{Nodes: 17}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("one value too many: %v", err)
+	}
+}

@@ -336,19 +336,32 @@ func (w *walker) array(t reflect.Type, start, depth int) error {
 		elem = t.Elem()
 	}
 	w.pos++
+	at := len(w.path)
+	w.path = append(w.path, step{})
 	for i := 0; ; i++ {
 		if w.space(); w.data[w.pos] == ']' {
 			w.pos++
+			w.path = w.path[:at]
 			if t != nil && t.Kind() == reflect.Array && i != t.Len() {
 				return w.fail(start, nil, "an array of %d, expected %d", i, t.Len())
 			}
 			return nil
 		}
-		w.path = append(w.path, step{index: i})
+		w.path[at].index = i
+		if elem == nil && inNumber(w.data[w.pos]) {
+			// Numbers of which nothing is expected are most of what evidence is
+			// made of: they are counted and passed over.
+			if err := w.count(w.pos); err != nil {
+				return err
+			}
+			for w.pos < len(w.data) && inNumber(w.data[w.pos]) {
+				w.pos++
+			}
+			continue
+		}
 		if err := w.value(elem, depth); err != nil {
 			return err
 		}
-		w.path = w.path[:len(w.path)-1]
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 )
 
 // SNPReportSize is the size of an attestation report, in bytes (SEV-SNP ABI
@@ -25,7 +26,7 @@ func (b Bytes) MarshalJSON() ([]byte, error) {
 		if i > 0 {
 			out = append(out, ',')
 		}
-		out = fmt.Append(out, c)
+		out = strconv.AppendUint(out, uint64(c), 10)
 	}
 	return append(out, ']'), nil
 }
