@@ -115,6 +115,13 @@ func (b *bench) brokerSpeed(ctx context.Context, dir string, f *fleet, run *brok
 	if _, _, err := closedLoop(ctx, busyGuests, warmUp, 0, session); err != nil {
 		return err
 	}
+	if b.profile != "" {
+		stop, err := profile(filepath.Join(b.profile, "load.cpu.pprof"))
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, stop()) }()
+	}
 	for n := range b.runs {
 		for _, bare := range []struct {
 			to *[]float64

@@ -58,7 +58,7 @@ func (f *fleet) agents(ctx context.Context, p *brokerProcess, guests int) ([]flo
 		var hardware atomic.Int64
 		id := make([]byte, 32)
 		_, _ = rand.Read(id)
-		device := madeDevice{&snptest.Device{Chain: f.chain, Options: snptest.Options{Measurement: fleetLaunch, HostData: f.hostData, ReportID: id}}, &hardware}
+		device := madeDevice{&snptest.Device{Chain: f.chain, Options: f.options(id)}, &hardware}
 		guest, err := platform.Open(ctx, platform.Hardware{Files: onlySEV{}, SEV: func(string) (sev.Device, error) { return device, nil }}, platform.Options{})
 		if err != nil {
 			return nil, err

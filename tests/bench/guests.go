@@ -17,6 +17,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -60,9 +61,12 @@ type fleet struct {
 	signer   string // fingerprint
 	initdata []byte
 	hostData []byte
-	log      []byte          // CEL-TLV
-	certs    json.RawMessage // cert_chain; nothing in it depends on a session
-	opened   atomic.Uint64   // sessions
+	log      []byte // CEL-TLV
+	// JSON of which nothing depends on a session: the host's certificates, a
+	// report without report data, id and signature, the init-data's text.
+	certs, report, body []byte
+	additional          string
+	opened              atomic.Uint64 // sessions
 }
 
 // made is a testing.TB for snptest: what fails there panics.
@@ -120,10 +124,10 @@ func newFleet(ctx context.Context, dir string) (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	if f.certs, err = json.Marshal(f.chain.Certs(false)); err != nil {
+	if err := f.measure(ctx, dir, policy.Digest(payload)); err != nil {
 		return nil, err
 	}
-	return f, f.measure(ctx, dir, policy.Digest(payload))
+	return f, f.prepare()
 }
 
 // measure writes the event log of a launch.
@@ -172,23 +176,67 @@ func (f *fleet) guest() [32]byte {
 func (f *fleet) quote(reportData [kbs.ReportDataSize]byte, guest [32]byte) ([]byte, error) {
 	var padded [64]byte
 	copy(padded[:], reportData[:])
-	raw, err := f.chain.SNPReport(padded, snptest.Options{Measurement: fleetLaunch, HostData: f.hostData, ReportID: guest[:]}).Raw()
+	raw, err := f.chain.SNPReport(padded, f.options(guest[:])).Raw()
 	if err != nil {
 		return nil, err
 	}
 	return raw, f.chain.Sign(raw)
 }
 
-// evidence is the primary evidence with a quote in it.
-func (f *fleet) evidence(quote []byte) (json.RawMessage, error) {
-	report, err := kbs.SNPReportFromRaw(quote)
-	if err != nil {
-		return nil, err
+// evidence is the primary evidence with a quote in it. encoding/json would
+// take as long for it as the broker for a session's cryptography, so only what
+// differs between quotes is written afresh: report data, report id, signature.
+func (f *fleet) evidence(quote []byte) []byte {
+	report := f.report
+	for _, part := range []struct {
+		name     string
+		from, to int
+	}{{"report_data", 0x50, 0x90}, {"report_id", 0x140, 0x160}, {"r", kbs.SNPSignedSize, kbs.SNPSignedSize + 72}, {"s", kbs.SNPSignedSize + 72, kbs.SNPSignedSize + 144}} {
+		was, is := member(part.name, make(kbs.Bytes, part.to-part.from)), member(part.name, quote[part.from:part.to])
+		report = bytes.Replace(report, was, is, 1)
 	}
-	return json.Marshal(struct {
-		Report *kbs.SNPReport  `json:"attestation_report"`
-		Certs  json.RawMessage `json:"cert_chain"`
-	}{report, f.certs})
+	return slices.Concat([]byte(`{"attestation_report":`), report, []byte(`,"cert_chain":`), f.certs, []byte(`}`))
+}
+
+// member is a member of bytes as the report's JSON has it.
+func member(name string, value kbs.Bytes) []byte {
+	text, _ := value.MarshalJSON() // never fails
+	return append([]byte(`"`+name+`":`), text...)
+}
+
+// prepare makes what all evidence has in common, and sees that evidence with a
+// quote says what the quote says.
+func (f *fleet) prepare() error {
+	var err error
+	if f.certs, err = json.Marshal(f.chain.Certs(false)); err != nil {
+		return err
+	}
+	if f.report, err = json.Marshal(f.chain.SNPReport([64]byte{}, f.options(make([]byte, 32)))); err != nil {
+		return err
+	}
+	if f.body, err = json.Marshal(string(f.initdata)); err != nil {
+		return err
+	}
+	if f.additional, err = (kbs.AdditionalCVMAgent{EventLog: f.log}).Encode(); err != nil {
+		return err
+	}
+	quote, err := f.quote([48]byte{1, 2, 3}, f.guest())
+	if err != nil {
+		return err
+	}
+	back, err := kbs.DecodeSNPEvidence(f.evidence(quote))
+	if err != nil {
+		return err
+	}
+	raw, err := back.Report.Raw()
+	if err == nil && !bytes.Equal(raw, quote) {
+		err = errors.New("the made evidence does not hold its quote")
+	}
+	return err
+}
+
+func (f *fleet) options(guest []byte) snptest.Options {
+	return snptest.Options{Measurement: fleetLaunch, HostData: f.hostData, ReportID: guest}
 }
 
 // session attests a guest over c and gets the resource, as a guest does: a
@@ -197,7 +245,11 @@ func (f *fleet) session(c *connection) error {
 	var request kbs.AuthRequest
 	request.Version, request.TEE = kbs.Version, "snp"
 	request.ExtraParams.CVMAgent = &kbs.CVMAgentAuth{Version: kbs.Dialect}
-	answer, cookie, err := c.post(kbs.PathAuth, "", request)
+	body, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	answer, cookie, err := c.do(http.MethodPost, kbs.PathAuth, "", body)
 	if err != nil {
 		return err
 	}
@@ -209,11 +261,10 @@ func (f *fleet) session(c *connection) error {
 	if err != nil {
 		return err
 	}
-	attest, err := f.attest(challenge.Nonce, key)
-	if err != nil {
+	if body, err = f.attest(challenge.Nonce, key); err != nil {
 		return err
 	}
-	if answer, _, err = c.post(kbs.PathAttest, cookie, attest); err != nil {
+	if answer, _, err = c.do(http.MethodPost, kbs.PathAttest, cookie, body); err != nil {
 		return err
 	}
 	if _, err := kbs.DecodeAttestResponse(answer); err != nil {
@@ -234,17 +285,13 @@ func (f *fleet) session(c *connection) error {
 	return err
 }
 
-// attest answers a nonce.
-func (f *fleet) attest(nonce string, key *ecdsa.PrivateKey) (*kbs.AttestRequest, error) {
+// attest answers a nonce: the body of POST attest.
+func (f *fleet) attest(nonce string, key *ecdsa.PrivateKey) ([]byte, error) {
 	public, err := kbs.NewTEEPubKey(&key.PublicKey)
 	if err != nil {
 		return nil, err
 	}
-	additional, err := kbs.AdditionalCVMAgent{EventLog: f.log}.Encode()
-	if err != nil {
-		return nil, err
-	}
-	reportData, err := kbs.ReportData(additional, nonce, public)
+	reportData, err := kbs.ReportData(f.additional, nonce, public)
 	if err != nil {
 		return nil, err
 	}
@@ -252,15 +299,16 @@ func (f *fleet) attest(nonce string, key *ecdsa.PrivateKey) (*kbs.AttestRequest,
 	if err != nil {
 		return nil, err
 	}
-	primary, err := f.evidence(quote)
+	runtime, err := json.Marshal(kbs.RuntimeData{Nonce: nonce, TEEPubKey: public})
 	if err != nil {
 		return nil, err
 	}
-	return &kbs.AttestRequest{
-		InitData:    &kbs.InitData{Format: "toml", Body: string(f.initdata)},
-		RuntimeData: kbs.RuntimeData{Nonce: nonce, TEEPubKey: public},
-		TEEEvidence: kbs.CompositeEvidence{PrimaryEvidence: primary, AdditionalEvidence: additional},
-	}, nil
+	additional, err := json.Marshal(f.additional)
+	if err != nil {
+		return nil, err
+	}
+	return fmt.Appendf(nil, `{"init-data":{"format":"toml","body":%s},"runtime-data":%s,"tee-evidence":{"primary_evidence":%s,"additional_evidence":%s}}`,
+		f.body, runtime, f.evidence(quote), additional), nil
 }
 
 // connection is one TLS connection that is kept alive. net/http's client would
@@ -284,14 +332,6 @@ func (c *connection) close() { _ = c.tls.Close() }
 
 // answerWithin bounds one request.
 const answerWithin = 30 * time.Second
-
-func (c *connection) post(path, cookie string, message any) ([]byte, string, error) {
-	body, err := json.Marshal(message)
-	if err != nil {
-		return nil, "", err
-	}
-	return c.do(http.MethodPost, path, cookie, body)
-}
 
 // do sends one request and returns the body of a 200 answer and the session
 // cookie that came with it, or else the one that was given.
