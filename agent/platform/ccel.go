@@ -23,6 +23,7 @@ const (
 	endOfLog    = 0xffffffff // the firmware fills the rest of its area with ones
 	ourTag      = 0x634d7643 // "CvMc": the tag of our events, and no one's else
 	headerSize  = 4 + 4 + 20 + 4
+	maxAlgs     = 8 // of one log, more than there are TCG hashes
 )
 
 // appendCCEL returns the firmware's log without its padding, followed by the
@@ -32,9 +33,7 @@ const (
 func appendCCEL(log []byte, events []eventlog.Event) ([]byte, [4][48]byte, error) {
 	var rtmrs [4][48]byte
 	end, err := walkCCEL(log, func(register uint32, digest []byte) {
-		if register >= 1 && register <= rtmr3Number {
-			extendRTMR(&rtmrs[register-1], digest)
-		}
+		extendRTMR(&rtmrs[register-1], digest)
 	})
 	if err != nil {
 		return nil, rtmrs, err
@@ -97,6 +96,9 @@ func walkCCEL(log []byte, extend func(register uint32, digest []byte)) (end int,
 				return 0, fmt.Errorf("CC event log: digest algorithm %#x at %d is not in its header", alg, end)
 			}
 			if d := r.take(uint64(size)); alg == algSHA384 {
+				if digest != nil {
+					return 0, fmt.Errorf("CC event log: record at %d has two SHA-384 digests", end)
+				}
 				digest = d
 			}
 		}
@@ -107,8 +109,8 @@ func walkCCEL(log []byte, extend func(register uint32, digest []byte)) (end int,
 		if kind == evNoAction {
 			continue
 		}
-		if len(digest) != sha512.Size384 {
-			return 0, fmt.Errorf("CC event log: record at %d has no SHA-384 digest", end)
+		if len(digest) != sha512.Size384 || register < 1 || register > rtmr3Number {
+			return 0, fmt.Errorf("CC event log: record at %d has no SHA-384 digest, or is of no RTMR", end)
 		}
 		extend(register, digest)
 	}
@@ -128,11 +130,12 @@ func specID(r *reader) (map[uint16]uint16, error) {
 	}
 	event.take(8) // class, version, errata, size of UINTN
 	sizes := map[uint16]uint16{}
-	for n := event.u32(); n > 0 && event.err == nil; n-- {
+	n := event.u32()
+	for range min(n, maxAlgs) {
 		alg, size := event.u16(), event.u16()
 		sizes[alg] = size
 	}
-	if event.err != nil || sizes[algSHA384] != sha512.Size384 {
+	if event.err != nil || n > maxAlgs || len(sizes) != int(n) || sizes[algSHA384] != sha512.Size384 {
 		return nil, errors.New("CC event log: its Spec ID event lists no SHA-384")
 	}
 	return sizes, nil
