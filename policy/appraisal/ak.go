@@ -117,10 +117,14 @@ func (a *ak) attributes() (wrong []string) {
 
 // Challenge makes a credential that only the EK's TPM opens, and only for an
 // AK of this Name (TPM 2.0 part 1, section 24). Whether the EK is trusted is
-// judged with the evidence, so that the verdict shows it.
+// judged with the evidence, so that the verdict shows it. An AK with a
+// certificate needs no credential.
 func (v *TPM) Challenge(auth *kbs.CVMAgentAuth, random io.Reader) (*kbs.CVMAgentChallenge, *Pending, error) {
-	if len(auth.EKCert) == 0 || len(auth.AKPublic) == 0 {
-		return nil, nil, errors.New("ek_cert and ak_public are needed for a vTPM under dialect " + kbs.Dialect)
+	if len(auth.AKPublic) == 0 || (len(auth.EKCert) == 0) == (len(auth.AKCert) == 0) {
+		return nil, nil, errors.New("ak_public and one of ek_cert and ak_cert are needed for a vTPM under dialect " + kbs.Dialect)
+	}
+	if len(auth.AKCert) > 0 {
+		return nil, &Pending{AKPublic: bytes.Clone(auth.AKPublic), AKCert: bytes.Clone(auth.AKCert)}, nil
 	}
 	cert, err := parseEKCert(auth.EKCert)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// RootSet is a named set of EK certificate issuers. Every certificate in it is
+// RootSet is a named set of EK or AK certificate issuers. Every certificate in it is
 // an anchor.
 type RootSet struct {
 	Name  string
@@ -84,29 +84,7 @@ func verifyEK(cert *x509.Certificate, sets []RootSet, now time.Time) ([]string, 
 			return nil, err
 		}
 	}
-	if len(sets) == 0 {
-		return nil, errors.New("no EK roots are configured")
-	}
-	var names []string
-	var last error
-	for _, s := range sets {
-		_, err := leaf.Verify(x509.VerifyOptions{
-			Roots:         s.Roots,
-			Intermediates: x509.NewCertPool(),
-			CurrentTime:   now,
-			// No standard usage fits an EK; the one that does was checked above.
-			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-		})
-		if err != nil {
-			last = err
-			continue
-		}
-		names = append(names, s.Name)
-	}
-	if len(names) == 0 {
-		return nil, last
-	}
-	return names, nil
+	return chains(&leaf, sets, now, "EK")
 }
 
 // handleCritical understands the two critical extensions that the profile

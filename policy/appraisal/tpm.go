@@ -45,6 +45,7 @@ const (
 // runs the TPM.
 type TPM struct {
 	EKRoots    []RootSet
+	AKRoots    []RootSet // issuers of AK certificates; names are of one space with EKRoots
 	ListedEKs  []string // SHA-256 of EK SPKIs, lowercase hex: trusted without a chain
 	TrustedAKs []string // SHA-256 of AK SPKIs: trusted without activation; for dialect kbs, which cannot prove an AK
 }
@@ -104,7 +105,7 @@ func (v *TPM) bindAK(t *Verdict, facts *Facts, in Input, ev *kbs.TPMEvidence, ac
 		t.Skip(CheckEKChain, "", "not in dialect "+in.Dialect)
 		return
 	}
-	t.Require(CheckAKSame, CheckAKAttributes, CheckEKChain, CheckActivation)
+	t.Require(CheckAKSame, CheckAKAttributes)
 
 	a, err := parseAK(in.Pending.AKPublic)
 	if err != nil {
@@ -115,17 +116,29 @@ func (v *TPM) bindAK(t *Verdict, facts *Facts, in Input, ev *kbs.TPMEvidence, ac
 	wrong := a.attributes()
 	t.Check(len(wrong) == 0, CheckAKAttributes, "restricted, sign, fixedTPM, fixedParent, sensitiveDataOrigin, not decrypt", "wrong: "+orNone(wrong))
 
-	chained := v.checkEK(t, facts, in)
-
-	// Constant time: the peer may try as often as it opens sessions.
-	ok := len(in.Pending.Secret) == secretSize && subtle.ConstantTimeCompare(in.Pending.Secret, activation) == 1
-	t.Check(ok, CheckActivation, "this session's activated secret", fmt.Sprintf("%d bytes that %s", len(activation), map[bool]string{true: "agree", false: "differ"}[ok]))
-
-	bound := ok && chained && len(wrong) == 0 && bytes.Equal(a.spki, ev.AKPublic)
-	t.Check(bound, CheckAKBound, "the quote's key in the TPM of a trusted EK", "AK "+a.Name())
+	var vouched bool
+	if len(in.Pending.AKCert) > 0 {
+		vouched = v.checkAKCert(t, facts, in, a)
+		t.Skip(CheckEKChain, "", "the AK has a certificate of its own")
+		t.Skip(CheckActivation, "", "the AK has a certificate of its own")
+	} else {
+		vouched = v.activated(t, facts, in, activation)
+	}
+	bound := vouched && len(wrong) == 0 && bytes.Equal(a.spki, ev.AKPublic)
+	t.Check(bound, CheckAKBound, "the quote's key in the TPM of a trusted EK, or certified", "AK "+a.Name())
 	if bound {
 		facts.Identity = "tpm:" + a.Name()
 	}
+}
+
+// activated says whether the AK lives in the TPM of a trusted EK.
+func (v *TPM) activated(t *Verdict, facts *Facts, in Input, activation []byte) bool {
+	t.Require(CheckEKChain, CheckActivation)
+	chained := v.checkEK(t, facts, in)
+	// Constant time: the peer may try as often as it opens sessions.
+	ok := len(in.Pending.Secret) == secretSize && subtle.ConstantTimeCompare(in.Pending.Secret, activation) == 1
+	t.Check(ok, CheckActivation, "this session's activated secret", fmt.Sprintf("%d bytes that %s", len(activation), map[bool]string{true: "agree", false: "differ"}[ok]))
+	return ok && chained
 }
 
 func (v *TPM) checkEK(t *Verdict, facts *Facts, in Input) bool {

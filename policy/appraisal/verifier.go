@@ -67,7 +67,8 @@ type Facts struct {
 	Dialect string `json:"dialect"`
 	// Identity is what an instance id is bound to; README.md has its forms.
 	Identity string `json:"identity,omitempty"`
-	// EKRoots are the names of the root sets that the EK certificate chains to.
+	// EKRoots are the names of the root sets that the EK certificate, or the
+	// AK's own, chains to.
 	EKRoots []string       `json:"ekRoots,omitempty"`
 	PCRs    map[int]string `json:"pcrs,omitempty"` // SHA-256 bank, covered by the quote, lowercase hex
 	SNP     *SNPFacts      `json:"snp,omitempty"`

@@ -42,6 +42,7 @@ type Config struct {
 	AdminTokenHashes string       `json:"adminTokenHashes,omitempty"`
 	AuditLog         string       `json:"auditLog"`
 	EKRoots          []RootConfig `json:"ekRoots,omitempty"`
+	AKRoots          []RootConfig `json:"akRoots,omitempty"` // issuers of AK certificates; names are of one space with ekRoots
 	ListedEKs        []string     `json:"listedEKs,omitempty"`  // SHA-256 of EK SPKIs
 	TrustedAKs       []string     `json:"trustedAKs,omitempty"` // SHA-256 of AK SPKIs, for dialect kbs
 	// RuleSigners, when given, makes signed reference documents the only rules
@@ -127,9 +128,11 @@ func LoadConfig(path string) (*Config, error) {
 		resolve(dir, &p.Cache)
 		resolve(dir, &p.ProxyRoots)
 	}
-	for i := range c.EKRoots {
-		for j := range c.EKRoots[i].Paths {
-			resolve(dir, &c.EKRoots[i].Paths[j])
+	for _, sets := range [][]RootConfig{c.EKRoots, c.AKRoots} {
+		for _, r := range sets {
+			for j := range r.Paths {
+				resolve(dir, &r.Paths[j])
+			}
 		}
 	}
 	if r := c.RuleSigners; r != nil {
@@ -174,9 +177,9 @@ func (c *Config) validate() error {
 		return err
 	}
 	var names []string
-	for _, r := range c.EKRoots {
+	for _, r := range slices.Concat(c.EKRoots, c.AKRoots) {
 		if r.Name == "" || len(r.Paths) == 0 || slices.Contains(names, r.Name) {
-			return fmt.Errorf("ekRoots: %q has no name, no paths, or is there twice", r.Name)
+			return fmt.Errorf("ekRoots, akRoots: %q has no name, no paths, or is there twice", r.Name)
 		}
 		names = append(names, r.Name)
 	}
@@ -272,19 +275,20 @@ func (c *Config) adminHashes() ([][32]byte, error) {
 	return list, nil
 }
 
-func (c *Config) roots() ([]appraisal.RootSet, error) {
+// roots reads the certificates of sets, those of field what.
+func (c *Config) roots(what string, from []RootConfig) ([]appraisal.RootSet, error) {
 	var sets []appraisal.RootSet
-	for _, r := range c.EKRoots {
+	for _, r := range from {
 		var data []byte
 		for _, p := range r.Paths {
 			files, err := pemFiles(p)
 			if err != nil {
-				return nil, cause.New(cause.Config, "ekRoots %q: %w", r.Name, err)
+				return nil, cause.New(cause.Config, "%s %q: %w", what, r.Name, err)
 			}
 			for _, f := range files {
 				b, err := bounded.ReadFile(f, maxPEMFile)
 				if err != nil {
-					return nil, cause.New(cause.Config, "ekRoots %q: %w", r.Name, err)
+					return nil, cause.New(cause.Config, "%s %q: %w", what, r.Name, err)
 				}
 				data = append(append(data, b...), '\n')
 			}

@@ -135,7 +135,11 @@ func (c *Config) open(ctx context.Context, credentials string, logger *slog.Logg
 	if err != nil {
 		return nil, err
 	}
-	roots, err := c.roots()
+	eks, err := c.roots("ekRoots", c.EKRoots)
+	if err != nil {
+		return nil, err
+	}
+	aks, err := c.roots("akRoots", c.AKRoots)
 	if err != nil {
 		return nil, err
 	}
@@ -160,16 +164,16 @@ func (c *Config) open(ctx context.Context, credentials string, logger *slog.Logg
 		Store: store, Audit: log, TokenKey: key, AdminHashes: hashes, RuleSigners: signers,
 		MaxSessions: c.Limits.Sessions, Logger: logger, Now: time.Now,
 		PeerRate: c.Limits.PeerRate, PeerBurst: c.Limits.PeerBurst,
-		Verifiers: c.verifiers(roots, vendors),
+		Verifiers: c.verifiers(eks, aks, vendors),
 	}, nil
 }
 
 // verifiers are those of every platform whose evidence is accepted.
-func (c *Config) verifiers(roots []appraisal.RootSet, vendors *collateral.Source) []appraisal.Verifier {
+func (c *Config) verifiers(eks, aks []appraisal.RootSet, vendors *collateral.Source) []appraisal.Verifier {
 	snp, tdx := &appraisal.SNP{Collateral: vendors}, &appraisal.TDX{Collateral: vendors}
 	return []appraisal.Verifier{
 		snp, &appraisal.AzureSNP{SNP: snp},
-		&appraisal.TPM{EKRoots: roots, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
+		&appraisal.TPM{EKRoots: eks, AKRoots: aks, ListedEKs: c.ListedEKs, TrustedAKs: c.TrustedAKs},
 		tdx, &appraisal.AzureTDX{TDX: tdx},
 	}
 }
