@@ -1,6 +1,7 @@
 package appraisal
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -10,7 +11,7 @@ import (
 // AzureSNP judges evidence of TEE "az-snp-vtpm": the SNP report names the
 // vTPM's AK by the HCL runtime data, and the AK signs the PCRs.
 type AzureSNP struct {
-	SNP *SNP // roots, collateral and what is known of certificates
+	SNP *SNP // roots, collateral and what is known of certificates; not nil
 }
 
 // TEE implements Verifier.
@@ -24,6 +25,9 @@ func (*AzureSNP) Challenge(*kbs.CVMAgentAuth, io.Reader) (*kbs.CVMAgentChallenge
 
 // Appraise implements Verifier.
 func (v *AzureSNP) Appraise(in Input) (*Appraisal, error) {
+	if v.SNP == nil {
+		return nil, errors.New("no verifier for the SNP report")
+	}
 	ev, err := kbs.DecodeAzureEvidence(v.TEE(), in.Primary)
 	if err != nil {
 		return nil, err

@@ -122,6 +122,47 @@ func TestLesson10_AzureSNPEachValueMutated(t *testing.T) {
 	}
 }
 
+// Every part of the recorded evidence that something signs or fixes: no byte
+// of it can be another.
+func TestEveryByteOfAzureEvidenceFlipped(t *testing.T) {
+	if _, err := (&AzureSNP{}).Appraise(Input{}); err == nil {
+		t.Error("judged without a verifier for the report")
+	}
+	good := azureSNPEvidence(t)
+	h, err := parseHCL(good.HCLReport)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := Input{Dialect: kbs.DialectKBS, Time: amdTime}
+	copy(in.ReportData[:], h.userData)
+	v := &AzureSNP{SNP: lenient()}
+	for name, part := range map[string]func(ev *kbs.AzureEvidence) []byte{
+		"hcl_report": func(ev *kbs.AzureEvidence) []byte { return ev.HCLReport },
+		"signature":  func(ev *kbs.AzureEvidence) []byte { return ev.Quote.Signature },
+		"message":    func(ev *kbs.AzureEvidence) []byte { return ev.Quote.Message },
+		"vcek":       func(ev *kbs.AzureEvidence) []byte { return ev.VCEK },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ev := azureSNPEvidence(t)
+			b := part(ev)
+			for i := 0; i < len(b); i += 3 {
+				b[i] ^= 0x20
+				primary, err := json.Marshal(ev)
+				if err != nil {
+					t.Fatal(err)
+				}
+				in := in
+				in.Primary = primary
+				if a, err := v.Appraise(in); err == nil && a.Verdict.Refusal() == nil {
+					t.Fatalf("byte %d changed: accepted", i)
+				}
+				b[i] ^= 0x20
+			}
+		})
+	}
+}
+
 // azureSession is one attestation under dialect cvm-agent/1.
 type azureSession struct {
 	verifier *AzureSNP
