@@ -178,9 +178,12 @@ func (k guestKey) jwk() string {
 	if k.rsa != nil {
 		return fmt.Sprintf(`{"alg":"RSA-OAEP-256","e":%q,"kty":"RSA","n":%q}`, b64url(big.NewInt(int64(k.rsa.E)).Bytes()), b64url(k.rsa.N.Bytes()))
 	}
-	width := (k.ec.Params().BitSize + 7) / 8
-	return fmt.Sprintf(`{"alg":"ECDH-ES+A256KW","crv":%q,"kty":"EC","x":%q,"y":%q}`, k.ec.Params().Name,
-		b64url(k.ec.X.FillBytes(make([]byte, width))), b64url(k.ec.Y.FillBytes(make([]byte, width))))
+	point, err := k.ec.PublicKey.Bytes() // 04 ‖ x ‖ y
+	if err != nil {
+		panic(err)
+	}
+	x, y := point[1:len(point)/2+1], point[len(point)/2+1:]
+	return fmt.Sprintf(`{"alg":"ECDH-ES+A256KW","crv":%q,"kty":"EC","x":%q,"y":%q}`, k.ec.Params().Name, b64url(x), b64url(y))
 }
 
 // guest is one session of Trustee's guest client.
@@ -305,14 +308,18 @@ func (k guestKey) contentKey(t *testing.T, header map[string]any, wrapped []byte
 	if !ok || len(epk) != 4 || epk["kty"] != "EC" || epk["crv"] != k.ec.Params().Name || header["alg"] != "ECDH-ES+A256KW" || header["apu"] != nil || header["apv"] != nil {
 		t.Fatalf("header: %v", header)
 	}
-	peer := &ecdsa.PublicKey{Curve: k.ec.Curve}
-	for name, to := range map[string]**big.Int{"x": &peer.X, "y": &peer.Y} {
+	point := []byte{4} // uncompressed
+	for _, name := range []string{"x", "y"} {
 		text, _ := epk[name].(string)
 		b, err := base64.RawURLEncoding.DecodeString(text)
 		if err != nil || len(b) != (k.ec.Params().BitSize+7)/8 {
 			t.Fatalf("epk.%s has %d bytes, expected the curve's width", name, len(b))
 		}
-		*to = new(big.Int).SetBytes(b)
+		point = append(point, b...)
+	}
+	peer, err := ecdsa.ParseUncompressedPublicKey(k.ec.Curve, point)
+	if err != nil {
+		t.Fatal(err)
 	}
 	block, err := aes.NewCipher(josecipher.DeriveECDHES("ECDH-ES+A256KW", nil, nil, k.ec, peer, 32))
 	if err != nil {
