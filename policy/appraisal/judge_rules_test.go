@@ -15,7 +15,7 @@ import (
 
 // rulesOf compiles the example document, whose rules use every field, without
 // the policy part: that needs real initdata and is held in the broker's tests.
-func rulesOf(t *testing.T, resource string) release.Rule {
+func rulesOf(t testing.TB, resource string) release.Rule {
 	t.Helper()
 	b, err := os.ReadFile("../examples/reference/reference.yaml")
 	if err != nil {
@@ -309,6 +309,17 @@ func TestPolicyHistory(t *testing.T) {
 		judgeHistory(v, &LogFacts{First: first, Running: second, Policies: []Set{first, second}}, release.PolicyRule{Names: p.Names, Signers: []string{signer}})
 		if v.Outcome(CheckPolicyHistory) != Failed {
 			t.Error("a rule that lists the old signer alone took the new one's policy")
+		}
+	}
+}
+
+// What a rule costs beside the appraisal: every condition of the example.
+func BenchmarkJudge(b *testing.B) {
+	rule := rulesOf(b, resourceOf("az-snp-vtpm"))
+	f := goodFacts("az-snp-vtpm")
+	for b.Loop() {
+		if err := Judge(f, rule, noMarks, time.Now()).Refusal(); err != nil {
+			b.Fatal(err)
 		}
 	}
 }

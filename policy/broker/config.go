@@ -42,7 +42,7 @@ type Config struct {
 	AdminTokenHashes string       `json:"adminTokenHashes,omitempty"`
 	AuditLog         string       `json:"auditLog"`
 	EKRoots          []RootConfig `json:"ekRoots,omitempty"`
-	AKRoots          []RootConfig `json:"akRoots,omitempty"` // issuers of AK certificates; names are of one space with ekRoots
+	AKRoots          []RootConfig `json:"akRoots,omitempty"`    // issuers of AK certificates; names are of one space with ekRoots
 	ListedEKs        []string     `json:"listedEKs,omitempty"`  // SHA-256 of EK SPKIs
 	TrustedAKs       []string     `json:"trustedAKs,omitempty"` // SHA-256 of AK SPKIs, for dialect kbs
 	// RuleSigners, when given, makes signed reference documents the only rules

@@ -307,7 +307,8 @@ func (s *Server) release(n *session, u kbs.ResourceURI, rec *audit.Record) (stri
 		if g.Instance.Tombstone {
 			return kbs.NewError(kbs.VariantPolicyDeny, "instance %s is destroyed", g.Instance.ID)
 		}
-		rule, err := s.rule(g, u)
+		rule, document, err := s.rule(g, u)
+		rec.Rules = document
 		if err != nil {
 			return err
 		}

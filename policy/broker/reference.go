@@ -3,6 +3,7 @@ package broker
 import (
 	"crypto"
 	"crypto/sha256"
+	"fmt"
 	"net/http"
 	"regexp"
 	"slices"
@@ -95,34 +96,35 @@ func markOf(o *release.Opened) ReferenceMark {
 	return ReferenceMark{Version: o.Reference.Version, Digest: o.Digest}
 }
 
-// rule is the one that a resource is judged by.
-func (s *Server) rule(g Grounds, u kbs.ResourceURI) (*release.Rule, error) {
+// rule is the one that a resource is judged by, and what the records call the
+// document that it is of.
+func (s *Server) rule(g Grounds, u kbs.ResourceURI) (r *release.Rule, document string, err error) {
 	none := kbs.NewError(kbs.VariantPolicyDeny, "there is no release rule for %s", u)
 	if s.documents == nil {
 		if g.Rule == nil {
-			return nil, none
+			return nil, "", none
 		}
-		return g.Rule, nil
+		return g.Rule, "", nil
 	}
 	stored, err := g.Reference()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if stored == nil {
-		return nil, none
+		return nil, "", none
 	}
+	document = fmt.Sprintf("%s version %d %s", stored.Name, stored.Mark.Version, stored.Mark.Digest)
 	o, err := s.documents.load(*stored)
 	if err == nil {
 		err = o.CheckExpiry(s.now())
 	}
 	if err != nil {
-		return nil, kbs.NewError(kbs.VariantPolicyDeny, "%s: %s", u, err)
+		return nil, document, kbs.NewError(kbs.VariantPolicyDeny, "%s: %s", u, err)
 	}
-	r := o.Rule(u.String())
-	if r == nil {
-		return nil, none
+	if r = o.Rule(u.String()); r == nil {
+		return nil, document, none
 	}
-	return r, nil
+	return r, document, nil
 }
 
 // adminReferences is everything about reference documents; name is empty for

@@ -179,6 +179,12 @@ func TestLesson25_ReferenceDocuments(t *testing.T) {
 	if status, body := g.get(t); status != 200 {
 		t.Errorf("by another document: %d %s", status, body)
 	}
+	r.stop()
+	checkAudit(t, r, string(key))
+	log, err := os.ReadFile(filepath.Join(r.dir, "audit.ndjson"))
+	if err != nil || !strings.Contains(string(log), `"rules":"shop-rules version 2 sha256:`) {
+		t.Errorf("the records do not name the document that decided: %v", err)
+	}
 }
 
 // A document releases nothing once it has expired or its signers are no longer
@@ -201,7 +207,7 @@ func TestReferenceIsVerifiedOnEachLoad(t *testing.T) {
 	uri := mustURI(t, webKey)
 	stored := StoredReference{Name: "shop-rules", Mark: markOf(o), Envelope: envelope}
 	get := func(r StoredReference) error {
-		_, err := server.rule(Grounds{Reference: func() (*StoredReference, error) { return &r, nil }}, uri)
+		_, _, err := server.rule(Grounds{Reference: func() (*StoredReference, error) { return &r, nil }}, uri)
 		return err
 	}
 	if err := get(stored); err != nil {
@@ -216,7 +222,7 @@ func TestReferenceIsVerifiedOnEachLoad(t *testing.T) {
 			t.Errorf("%s: released", what)
 		}
 	}
-	if _, err := server.rule(Grounds{Reference: func() (*StoredReference, error) { return &stored, nil }, Rule: &release.Rule{}}, mustURI(t, "kbs:///shop/key/other")); err == nil {
+	if _, _, err := server.rule(Grounds{Reference: func() (*StoredReference, error) { return &stored, nil }, Rule: &release.Rule{}}, mustURI(t, "kbs:///shop/key/other")); err == nil {
 		t.Error("a resource that the document does not name fell back to an unsigned rule")
 	}
 	now = now.Add(time.Minute)

@@ -110,7 +110,7 @@ func (s *Store) referenceFor(tx transaction, u kbs.ResourceURI) (*StoredReferenc
 	}
 	envelope, m, err := s.reference(tx, string(name))
 	if err != nil { // a missing one must not pass for a missing resource
-		return nil, fmt.Errorf("reference values %s: %v", name, err)
+		return nil, fmt.Errorf("reference values %s: %s", name, err.Error())
 	}
 	return &StoredReference{Name: string(name), Mark: m, Envelope: envelope}, nil
 }

@@ -26,7 +26,7 @@ const (
 var (
 	nameRE     = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 	labelRE    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
-	advisoryRE = regexp.MustCompile(`^[A-Z]+-[A-Z]+-[0-9]{4,6}$`)
+	advisoryRE = regexp.MustCompile(`^[A-Z]+-[A-Z]+-[0-9]{1,6}$`)
 )
 
 // Reference is a reference document: reference values and release rules, in

@@ -147,6 +147,7 @@ func TestReferenceRefusals(t *testing.T) {
 		"neither":                         {"    anyPolicy: true", "    anyPolicy: false", "resources[1]"},
 		"images without a policy":         {"    anyPolicy: true", "    anyPolicy: true\n    images: [\"sha256:" + strings.Repeat("c", 64) + "\"]", "resources[1]"},
 		"a threshold above the signers":   {"threshold: 1", "threshold: 3", "resources[0]"},
+		"a version that JSON rounds":      {"minimumVersion: 5", "minimumVersion: 9007199254740993", "resources[0]"},
 		"no minimum TCB for SNP":          {text[strings.Index(text, "    minimum:"):strings.Index(text, "    signingKeys:")], "", "tcb.snp.minimum"},
 		"an alias":                        {"[vcek]", "&a [vcek]", "anchor"},
 		"a resource of nobody's platform": {"    platforms: [tpm]", "    platforms: []", "resources[1].platforms"},
@@ -279,4 +280,23 @@ func FuzzReference(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a broker saves by keeping what an envelope's exact bytes opened to.
+func BenchmarkOpenReference(b *testing.B) {
+	d, err := DecodeReferenceYAML([]byte(example(b)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	k := dssetest.New(b, "ecdsa")
+	signed, err := SignReference(d, k)
+	if err != nil {
+		b.Fatal(err)
+	}
+	keys := []crypto.PublicKey{k.PublicKey()}
+	for b.Loop() {
+		if _, err := OpenReference(signed, keys, 1); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

@@ -154,6 +154,9 @@ func (p PolicyRule) validate() error {
 			return fmt.Errorf("signers: %q is not 64 lowercase hex digits", s)
 		}
 	}
+	if p.MinimumVersion > maxInteger {
+		return fmt.Errorf("minimumVersion is %d, at most 2^53-1 is exact in JSON", p.MinimumVersion)
+	}
 	distinct := slices.Compact(slices.Sorted(slices.Values(p.Signers)))
 	if p.Threshold < 0 || p.Need() > len(distinct) {
 		return fmt.Errorf("threshold %d, expected 1 to %d", p.Threshold, len(distinct))

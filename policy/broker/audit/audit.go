@@ -36,6 +36,7 @@ type Record struct {
 	Instance string `json:"instance,omitempty"`
 	Resource string `json:"resource,omitempty"`
 	Policy   string `json:"policy,omitempty"` // name and version that the evidence proves
+	Rules    string `json:"rules,omitempty"`  // name, version and digest of the reference document that decided
 	Outcome  string `json:"outcome"`          // ok or refused
 	Verdict  string `json:"verdict,omitempty"`
 	Reason   string `json:"reason,omitempty"`
