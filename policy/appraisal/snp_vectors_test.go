@@ -10,6 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-sev-guest/abi"
+	"github.com/google/go-sev-guest/proto/sevsnp"
+	"github.com/google/go-sev-guest/verify"
+
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/collateral"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -104,6 +108,33 @@ func TestRecordedReportsPass(t *testing.T) {
 				t.Fatalf("product %s, expected %s", s.Product, want)
 			}
 		})
+	}
+}
+
+// go-sev-guest's own verdict on the same reports, at a time when they are good
+// and at one when they are not. Trustee's is of a CPU that it does not know.
+func TestGoSevGuestAgrees(t *testing.T) {
+	for name, r := range allRecorded(t) {
+		if name == "trustee" {
+			continue
+		}
+		report, err := abi.ReportToProto(r.raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, at := range []time.Time{amdTime, amdTime.AddDate(10, 0, 0), amdTime.AddDate(-10, 0, 0)} {
+			for _, leaf := range []kbs.Bytes{r.certs[0].Data, flipped(r.certs[0].Data, len(r.certs[0].Data)-1)} {
+				theirs := verify.SnpAttestation(&sevsnp.Attestation{Report: report, CertificateChain: &sevsnp.CertificateChain{VcekCert: leaf}},
+					&verify.Options{DisableCertFetching: true, Now: at})
+				ours, err := lenient().AppraiseRaw(r.raw, []kbs.SNPCert{{Type: kbs.CertVCEK, Data: leaf}}, Input{Dialect: kbs.DialectKBS, Time: at, Offline: &Offline{}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if (theirs == nil) != (ours.Verdict.Refusal() == nil) {
+					t.Errorf("%s at %s: %v, go-sev-guest says %v", name, at, ours.Verdict.Refusal(), theirs)
+				}
+			}
+		}
 	}
 }
 

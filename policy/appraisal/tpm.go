@@ -46,8 +46,8 @@ const (
 type TPM struct {
 	EKRoots    []RootSet
 	AKRoots    []RootSet // issuers of AK certificates; names are of one space with EKRoots
-	ListedEKs  []string // SHA-256 of EK SPKIs, lowercase hex: trusted without a chain
-	TrustedAKs []string // SHA-256 of AK SPKIs: trusted without activation; for dialect kbs, which cannot prove an AK
+	ListedEKs  []string  // SHA-256 of EK SPKIs, lowercase hex: trusted without a chain
+	TrustedAKs []string  // SHA-256 of AK SPKIs: trusted without activation; for dialect kbs, which cannot prove an AK
 }
 
 // TEE implements Verifier.
