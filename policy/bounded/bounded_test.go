@@ -228,3 +228,31 @@ func TestCheckJSONPathsAmongNumbers(t *testing.T) {
 		t.Errorf("one value too many: %v", err)
 	}
 }
+
+func TestFindJSON(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"a":{"b":{"c":1}}}`:                          `{"c":1}`,
+		`{"x":1,"a":{"y":[1,2],"b" : [1, {}] },"z":0}`: `[1, {}]`,
+		" {\n\"a\" :\t{ \"b\" : \"text\" } } ":         `"text"`,
+		`{"a":{"\u0062":-1e2}}`:                        `-1e2`,
+		`{"a":{"b":null}}`:                             `null`,
+		`{"a":{"c":1}}`:                                "",
+		`{"a":[{"b":1}]}`:                              "",
+		`{"a":"b","b":1}`:                              "",
+		`{"a.b":1}`:                                    "",
+		`{"A":{"b":1},"a":{"B":2}}`:                    "",
+		`{"x":{"a":{"b":1}}}`:                          "",
+		`[{"a":{"b":1}}]`:                              "",
+		`"a"`:                                          "",
+	} {
+		from, to, err := FindJSON([]byte(text), Limits{}, "a", "b")
+		if err != nil || text[from:to] != want {
+			t.Errorf("%s: %q, %v, expected %q", text, text[from:to], err, want)
+		}
+	}
+	for _, text := range []string{`{"a":{"b":1,"b":2}}`, `{"a":{"b":1}}x`, `{"a":{"b":1}`, `{"a":{"b":1},"c":"\ud800"}`} {
+		if from, to, err := FindJSON([]byte(text), Limits{}, "a", "b"); err == nil || from != 0 || to != 0 {
+			t.Errorf("%s: %d to %d, %v", text, from, to, err)
+		}
+	}
+}

@@ -96,13 +96,28 @@ func DecodeJSON(data []byte, v any, l Limits) error {
 // surrogates and trailing data, but knows no fields.
 func CheckJSON(data []byte, l Limits) error { return check(data, nil, l) }
 
-func check(data []byte, t reflect.Type, l Limits) error {
-	l = l.orDefaults()
-	if int64(len(data)) > l.Bytes {
-		return &FieldError{Line: 1, Column: 1, Err: ErrTooLarge,
-			Msg: fmt.Sprintf("%d bytes, at most %d are accepted", len(data), l.Bytes)}
+// FindJSON is CheckJSON, and says where the value is that a path of member
+// names leads to: data[from:to] without the space around it. Both are 0 when
+// there is none.
+func FindJSON(data []byte, l Limits, path ...string) (from, to int, err error) {
+	w := &walker{data: data, limits: l.orDefaults(), wanted: path}
+	if err := w.check(nil); err != nil {
+		return 0, 0, err
 	}
-	w := &walker{data: data, limits: l, nodes: l.Nodes}
+	return w.from, w.to, nil
+}
+
+func check(data []byte, t reflect.Type, l Limits) error {
+	return (&walker{data: data, limits: l.orDefaults()}).check(t)
+}
+
+func (w *walker) check(t reflect.Type) error {
+	data := w.data
+	if int64(len(data)) > w.limits.Bytes {
+		return &FieldError{Line: 1, Column: 1, Err: ErrTooLarge,
+			Msg: fmt.Sprintf("%d bytes, at most %d are accepted", len(data), w.limits.Bytes)}
+	}
+	w.nodes = w.limits.Nodes
 	if !utf8.Valid(data) {
 		return w.fail(firstInvalid(data), nil, "invalid UTF-8")
 	}
@@ -158,6 +173,22 @@ type walker struct {
 	limits Limits
 	nodes  int
 	path   []step
+
+	wanted   []string // FindJSON's path
+	from, to int      // and where it leads
+}
+
+// here says whether the value that comes next is the wanted one.
+func (w *walker) here() bool {
+	if len(w.wanted) == 0 || len(w.path) != len(w.wanted) {
+		return false
+	}
+	for i, name := range w.wanted {
+		if w.path[i].key != "."+name { // a place in an array has no key
+			return false
+		}
+	}
+	return true
 }
 
 // step is one step of a path, kept as it is until an error needs its text:
@@ -320,8 +351,13 @@ func (w *walker) object(t reflect.Type, start, depth int) error {
 				return w.fail(keyAt, ErrUnknownField, "unknown field")
 			}
 		}
+		w.space()
+		from, here := w.pos, w.here()
 		if err := w.value(ft, depth); err != nil {
 			return err
+		}
+		if here {
+			w.from, w.to = from, w.pos
 		}
 		w.path = w.path[:len(w.path)-1]
 	}

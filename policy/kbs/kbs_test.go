@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -324,6 +325,11 @@ func FuzzAttestRequest(f *testing.F) {
 		r, err := DecodeAttestRequest(b)
 		if err != nil {
 			return
+		}
+		// The evidence that was set aside is what decoding all at once finds.
+		var whole AttestRequest
+		if err := decode(b, &whole, "attest request"); err != nil || !reflect.DeepEqual(&whole, r) {
+			t.Fatalf("at once: %+v, %v, in parts: %+v", whole, err, r)
 		}
 		_, _, _ = DecodeAdditional(r.TEEEvidence.AdditionalEvidence)
 		_, _ = DecodeTPMEvidence(r.TEEEvidence.PrimaryEvidence)

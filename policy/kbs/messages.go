@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	josejson "github.com/go-jose/go-jose/v4/json"
+
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
 
 // AuthRequest opens a session: POST auth.
@@ -216,8 +218,22 @@ func DecodeChallenge(data []byte) (*Challenge, error) {
 // DecodeAttestRequest reads the body of POST attest.
 func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 	var r AttestRequest
-	if err := decode(data, &r, "attest request"); err != nil {
-		return nil, err
+	// The primary evidence is most of the body, and its verifier's to decode. It
+	// is bounded and checked with the rest, then set aside: a decoder would scan
+	// it twice more only to copy it.
+	from, to, err := bounded.FindJSON(data, limits, "tee-evidence", "primary_evidence")
+	if err != nil {
+		return nil, fmt.Errorf("attest request: %w", err)
+	}
+	rest := data
+	if to > from {
+		rest = slices.Concat(data[:from], []byte("null"), data[to:])
+	}
+	if err := josejson.Unmarshal(rest, &r); err != nil {
+		return nil, fmt.Errorf("attest request: %w", err)
+	}
+	if to > from {
+		r.TEEEvidence.PrimaryEvidence = bytes.Clone(data[from:to])
 	}
 	if r.InitData != nil && r.InitData.Format != "toml" {
 		return nil, fmt.Errorf("attest request: init-data.format is %q, expected \"toml\"", clip(r.InitData.Format))
