@@ -56,7 +56,9 @@ func dial() {
 	fmt.Println("survived:", err)
 }
 
-func TestScripts(t *testing.T) {
+// Lesson 24: verification offline opens no connection. Every script runs behind the
+// seal.
+func TestLesson24_ScriptsWithoutASocket(t *testing.T) {
 	vectors, err := filepath.Abs("testdata/vectors")
 	if err != nil {
 		t.Fatal(err)
