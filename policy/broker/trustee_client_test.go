@@ -54,6 +54,12 @@ type world struct {
 
 func newWorld(t *testing.T, now func() time.Time, verifiers ...appraisal.Verifier) *world {
 	t.Helper()
+	return newWorldOf(t, now, nil, verifiers...)
+}
+
+// newWorldOf is newWorld whose rules are signed, unless signers is nil.
+func newWorldOf(t *testing.T, now func() time.Time, signers *broker.RuleSigners, verifiers ...appraisal.Verifier) *world {
+	t.Helper()
 	dir := t.TempDir()
 	store, err := broker.OpenStore(filepath.Join(dir, "broker.db"), kekOf(make([]byte, 32)))
 	if err != nil {
@@ -72,7 +78,7 @@ func newWorld(t *testing.T, now func() time.Time, verifiers ...appraisal.Verifie
 	admin := strings.Repeat("a", 43)
 	server, err := broker.New(broker.Options{
 		Store: store, Audit: log, TokenKey: w.key, Verifiers: verifiers, AdminHashes: [][32]byte{sha256.Sum256([]byte(admin))},
-		MaxSessions: 1000, Logger: slog.New(slog.DiscardHandler), Now: now,
+		MaxSessions: 1000, Logger: slog.New(slog.DiscardHandler), Now: now, RuleSigners: signers,
 	})
 	if err != nil {
 		t.Fatal(err)
