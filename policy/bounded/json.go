@@ -10,6 +10,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // Limits bounds a JSON document. Zero means the default.
@@ -121,7 +123,9 @@ func (w *walker) check(t reflect.Type) error {
 	if !utf8.Valid(data) {
 		return w.fail(firstInvalid(data), nil, "invalid UTF-8")
 	}
-	if !json.Valid(data) {
+	// jsontext says the same in a quarter of the time, but of lone surrogates,
+	// which the walker names. What it refuses encoding/json decides.
+	if !jsontext.Value(data).IsValid(jsontext.AllowDuplicateNames(true)) && !json.Valid(data) {
 		// json.Valid gives no position; Unmarshal's first pass does.
 		var raw json.RawMessage
 		return located(data, json.Unmarshal(data, &raw))

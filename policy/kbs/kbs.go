@@ -12,7 +12,7 @@ package kbs
 import (
 	"fmt"
 
-	josejson "github.com/go-jose/go-jose/v4/json"
+	jsonv2 "github.com/go-json-experiment/json"
 
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
@@ -58,7 +58,7 @@ func decode(data []byte, v any, what string) error {
 	if err := bounded.CheckJSON(data, limits); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	if err := josejson.Unmarshal(data, v); err != nil {
+	if err := jsonv2.Unmarshal(data, v); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
