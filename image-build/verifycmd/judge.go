@@ -165,27 +165,24 @@ func (o *options) intel() (*appraisal.TDX, error) {
 }
 
 func (o *options) tpm(e *evidence, in appraisal.Input) (*appraisal.Appraisal, error) {
-	v := &appraisal.TPM{ListedEKs: o.listedEKs, TrustedAKs: o.trustedAKs}
-	for _, list := range []struct {
-		flag   string
-		values []string
-	}{{"--listed-ek", o.listedEKs}, {"--trusted-ak", o.trustedAKs}} {
-		for _, fp := range list.values {
-			if d, err := hex.DecodeString(fp); err != nil || len(d) != 32 || strings.ToLower(fp) != fp {
-				return nil, cause.New(cause.Usage, "%s %q is not 64 lowercase hex digits", list.flag, fp)
-			}
+	v := &appraisal.TPM{TrustedAKs: o.trustedAKs}
+	for _, fp := range o.trustedAKs {
+		if d, err := hex.DecodeString(fp); err != nil || len(d) != 32 || strings.ToLower(fp) != fp {
+			return nil, cause.New(cause.Usage, "--trusted-ak %q is not 64 lowercase hex digits", fp)
 		}
 	}
-	for _, r := range o.ekRoots {
+	for _, r := range o.akRoots {
 		set, err := rootSet(r)
 		if err != nil {
 			return nil, err
 		}
-		v.EKRoots = append(v.EKRoots, set)
+		v.AKRoots = append(v.AKRoots, set)
 	}
-	// Without a certificate an AK was bound by a secret that only its broker knew.
+	// Without a certificate the AK was bound by a secret that only its broker
+	// knew: then it counts when it is listed.
 	if e.auth != nil && len(e.auth.AKCert) > 0 {
-		in.Pending = &appraisal.Pending{EKCert: e.auth.EKCert, AKPublic: e.auth.AKPublic, AKCert: e.auth.AKCert}
+		in.Dialect = kbs.Dialect
+		in.Pending = &appraisal.Pending{AKPublic: e.auth.AKPublic, AKCert: e.auth.AKCert}
 	}
 	return v.Appraise(in)
 }
@@ -195,17 +192,17 @@ func rootSet(arg string) (appraisal.RootSet, error) {
 	const max = 1 << 20
 	name, path, ok := strings.Cut(arg, "=")
 	if !ok || name == "" || path == "" {
-		return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots is %q, expected NAME=PATH", arg)
+		return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots is %q, expected NAME=PATH", arg)
 	}
 	files, err := listed(path, ".pem", ".crt")
 	if err != nil {
-		return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots: %w", err)
+		return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots: %w", err)
 	}
 	var all []byte
 	for _, f := range files {
 		b, err := bounded.ReadFile(f, max)
 		if err != nil {
-			return appraisal.RootSet{}, cause.New(cause.Usage, "--ek-roots: %w", err)
+			return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots: %w", err)
 		}
 		all = append(append(all, b...), '\n')
 	}

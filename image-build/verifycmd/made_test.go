@@ -2,8 +2,14 @@ package verifycmd
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
+	"math/big"
 	"os"
 	"path/filepath"
 	"slices"
@@ -180,6 +186,54 @@ func TestAzureRequests(t *testing.T) {
 		if _, err = o.runs(t, append(args, "--in", file(t, "request.json", r))...); cause.Of(err) != cause.EvidenceRefused || !strings.Contains(err.Error(), "report-data:") {
 			t.Errorf("%s, another nonce: %v", tee, err)
 		}
+	}
+}
+
+// A vTPM's AK that no list names counts by its certificate, which the auth
+// request had: the bundle carries it beside the attest request's members.
+func TestAKCertificate(t *testing.T) {
+	g := launch(t)
+	key, err := x509.ParsePKIXPublicKey(g.tpm.AKSPKI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer := tdxtest.NewKey(t)
+	root := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "AK root"}, NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: root.NotAfter, UnknownExtKeyUsage: []asn1.ObjectIdentifier{{2, 23, 133, 8, 3}}}
+	ca, err := x509.CreateCertificate(rand.Reader, root, root, issuer.Public(), issuer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.CreateCertificate(rand.Reader, leaf, root, key, issuer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, _ := g.request(t)
+	bundle := func(auth any) string {
+		return file(t, "bundle.json", map[string]any{"init-data": r.InitData, "runtime-data": r.RuntimeData, "tee-evidence": r.TEEEvidence, "cvm-agent": auth})
+	}
+	good := bundle(kbs.CVMAgentAuth{Version: kbs.Dialect, AKPublic: g.tpm.AKPublic, AKCert: cert})
+	roots := "mine=" + file(t, "ak.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca}))
+	d, err := evidenceOf(t, "--format", "tpm", "--in", good, "--ak-roots", roots)
+	if err != nil || d.Verdict.Outcome(appraisal.CheckAKCert) != appraisal.Passed || d.Facts.Dialect != kbs.Dialect || !slices.Equal(d.Facts.EKRoots, []string{"mine"}) {
+		t.Fatalf("%v: %+v", err, d.Facts)
+	}
+	for what, c := range map[string]struct {
+		in   string
+		args []string
+		row  string
+	}{
+		"no roots":           {good, nil, appraisal.CheckAKCert},
+		"after its last day": {good, []string{"--ak-roots", roots, "--time", time.Now().AddDate(1, 0, 0).Format(time.RFC3339)}, appraisal.CheckAKCert},
+		"no certificate":     {bundle(kbs.CVMAgentAuth{Version: kbs.Dialect, AKPublic: g.tpm.AKPublic, EKCert: g.tpm.EKCert}), []string{"--ak-roots", roots}, appraisal.CheckAKBound},
+		"another AK's":       {bundle(kbs.CVMAgentAuth{Version: kbs.Dialect, AKPublic: launch(t).tpm.AKPublic, AKCert: cert}), []string{"--ak-roots", roots}, appraisal.CheckAKSame},
+	} {
+		if _, err := evidenceOf(t, append([]string{"--format", "tpm", "--in", c.in}, c.args...)...); cause.Of(err) != cause.EvidenceRefused || !strings.Contains(err.Error(), c.row+":") {
+			t.Errorf("%s: %v, expected a refusal by %s", what, err, c.row)
+		}
+	}
+	if _, err := evidenceOf(t, "--format", "tpm", "--in", bundle(map[string]any{"version": "2"})); cause.Of(err) != cause.EvidenceMalformed {
+		t.Errorf("another dialect: %v", err)
 	}
 }
 

@@ -61,8 +61,7 @@ type options struct {
 	eventLog          string
 	time              string
 	output            string
-	ekRoots           []string
-	listedEKs         []string
+	akRoots           []string
 	trustedAKs        []string
 	allowMissing      []string
 
@@ -82,7 +81,8 @@ expected and what was found. It reads files and opens no connection.
        sent in the auth request's extra-params: the AK, and its certificate
   snp  a raw SEV-SNP report, 1184 bytes; --certs has VCEK or VLEK and, where there are any, CRLs
   tdx  a raw TDX quote with its PCK certificates inside; --certs or --collateral has the rest
-  tpm  as kbs with --tee tpm
+  tpm  as kbs with --tee tpm. A vTPM's key counts when --trusted-ak lists it, or when it has a
+       certificate by --ak-roots: the secret that bound it to its EK was the broker's alone
 
 --certs is a file or a directory of DER, PEM, or the JSON of Azure's THIM service; for TDX it
 is a collateral directory. --collateral is a directory of what the vendors publish, by their
@@ -121,9 +121,8 @@ func (o *options) command() *cobra.Command {
 	f.StringVar(&o.reportData, "report-data", "", "`HEX` that report_data must hold, zero bytes after it")
 	f.StringVar(&o.initdata, "initdata", "", "initdata `FILE` that the launch must be bound to")
 	f.StringVar(&o.eventLog, "event-log", "", "event log `FILE` that must replay to the register; for TDX also a CCEL")
-	f.StringArrayVar(&o.ekRoots, "ek-roots", nil, "`NAME=PATH` of issuers of TPM certificates, PEM; may be repeated")
-	f.StringArrayVar(&o.listedEKs, "listed-ek", nil, "`SHA256` of an EK's SPKI to trust without a chain; may be repeated")
-	f.StringArrayVar(&o.trustedAKs, "trusted-ak", nil, "`SHA256` of an AK's SPKI to trust; may be repeated")
+	f.StringArrayVar(&o.akRoots, "ak-roots", nil, "`NAME=PATH` of issuers of AK certificates, PEM; may be repeated")
+	f.StringArrayVar(&o.trustedAKs, "trusted-ak", nil, "`SHA256` of a vTPM's AK (its SPKI) to trust; may be repeated")
 	f.StringVar(&o.time, "time", "", "`RFC3339` time to judge at; default now")
 	f.StringVar(&o.output, "output", "text", "`FORMAT` of the output: text or json")
 	for name, values := range map[string][]string{
@@ -174,8 +173,7 @@ func (o *options) checkFit() error {
 	}{
 		{o.certs != "", "--certs", o.tee != "tpm"},
 		{o.collateral != "", "--collateral", o.tee != "tpm"},
-		{len(o.ekRoots) > 0, "--ek-roots", o.tee == "tpm"},
-		{len(o.listedEKs) > 0, "--listed-ek", o.tee == "tpm"},
+		{len(o.akRoots) > 0, "--ak-roots", o.tee == "tpm"},
 		{len(o.trustedAKs) > 0, "--trusted-ak", o.tee == "tpm"},
 		{len(o.allowMissing) > 0, "--allow-missing", o.tee != "tpm"},
 		{slices.Contains(o.allowMissing, missingTCBInfo), "--allow-missing " + missingTCBInfo, strings.HasSuffix(o.tee, "tdx") || o.tee == "az-tdx-vtpm"},

@@ -36,7 +36,7 @@ func table(t *testing.T) (list []named) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	row := regexp.MustCompile("(?m)^\\| ([0-9]+) \\| [^|]+ \\| ([^|]+) \\|$")
+	row := regexp.MustCompile(`(?m)^\| ([0-9]+) \| [^|]+ \| ([^|]+) \|$`)
 	part := regexp.MustCompile("^`([a-z0-9/-]+)` (TestLesson[0-9A-Za-z_]+(?:, TestLesson[0-9A-Za-z_]+)*)$")
 	last := 0
 	for _, m := range row.FindAllStringSubmatch(string(text), -1) {
