@@ -286,6 +286,60 @@ func TestTDXStatusIsTheWorst(t *testing.T) {
 	}
 }
 
+// A level is reached in every part or not at all, and a module of version 0 is
+// judged by the TCB info's own components and signer.
+func TestTDXLevelParts(t *testing.T) {
+	first := func(m map[string]any) map[string]any {
+		return m["tcbLevels"].([]any)[0].(map[string]any)["tcb"].(map[string]any)
+	}
+	component := func(m map[string]any, kind string, i, svn int) {
+		first(m)[kind].([]any)[i] = map[string]any{"svn": svn}
+	}
+	for what, r := range map[string]struct {
+		change func(map[string]any)
+		module byte // TEE_TCB_SVN[1]
+		want   string
+	}{
+		"PCE too low":            {func(m map[string]any) { first(m)["pcesvn"] = 14 }, 1, "OutOfDate"},
+		"PCE just so":            {func(m map[string]any) { first(m)["pcesvn"] = 13 }, 1, "UpToDate"},
+		"first CPU part too low": {func(m map[string]any) { component(m, "sgxtcbcomponents", 0, 6) }, 1, "OutOfDate"},
+		"third TDX part too low": {func(m map[string]any) { component(m, "tdxtcbcomponents", 2, 6) }, 1, "OutOfDate"},
+		"last TDX part too low":  {func(m map[string]any) { component(m, "tdxtcbcomponents", 15, 6) }, 1, "OutOfDate"},
+		"module parts of version 1 stand in the module": {func(m map[string]any) {
+			component(m, "tdxtcbcomponents", 0, 99)
+			component(m, "tdxtcbcomponents", 1, 99)
+		}, 1, "UpToDate"},
+		"version 0":                 {func(m map[string]any) { component(m, "tdxtcbcomponents", 1, 0) }, 0, "UpToDate"},
+		"version 0, module too low": {func(m map[string]any) { component(m, "tdxtcbcomponents", 1, 0); component(m, "tdxtcbcomponents", 0, 7) }, 0, ""},
+		"version 0 by another signer": {func(m map[string]any) {
+			component(m, "tdxtcbcomponents", 1, 0)
+			m["tdxModule"].(map[string]any)["mrsigner"] = strings.Repeat("01", 48)
+		}, 0, ""},
+		"version 0 with other attributes": {func(m map[string]any) {
+			component(m, "tdxtcbcomponents", 1, 0)
+			m["tdxModule"].(map[string]any)["attributes"] = strings.Repeat("01", 8)
+		}, 0, ""},
+		"too few parts": {func(m map[string]any) {
+			for _, l := range m["tcbLevels"].([]any) {
+				l.(map[string]any)["tcb"].(map[string]any)["sgxtcbcomponents"] = []any{}
+			}
+		}, 1, ""},
+	} {
+		t.Run(what, func(t *testing.T) {
+			c := newTDX(t, tdxtest.Config{TCBInfo: r.change})
+			a := c.sign(t, func(p *tdxtest.Parts) { p.Body[1] = r.module }).appraise(t)
+			if r.want == "" {
+				refused(t, a, CheckTDXTCBLevel)
+				return
+			}
+			accepted(t, a)
+			if a.Facts.TDX.TCBStatus != r.want {
+				t.Errorf("status %s, expected %s", a.Facts.TDX.TCBStatus, r.want)
+			}
+		})
+	}
+}
+
 // What is remembered is not believed for longer than it is valid, nor when the
 // source has something else.
 func TestTDXMemoryKeepsDates(t *testing.T) {

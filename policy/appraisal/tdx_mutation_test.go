@@ -2,6 +2,7 @@ package appraisal
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -289,5 +290,24 @@ func TestTDXAgreesWithTheLibrary(t *testing.T) {
 		if err != nil && !failed {
 			t.Errorf("byte %d: the library says %v, our own checks passed", i, err)
 		}
+	}
+}
+
+// The library's word alone refuses: it knows one intermediate, we know two.
+func TestTDXLibraryAloneRefuses(t *testing.T) {
+	c := newTDX(t, tdxtest.Config{Certificate: func(name string, cert *x509.Certificate) {
+		if name == "ca" {
+			cert.Subject.CommonName = cnProcessor
+		}
+	}}).sign(t)
+	a := c.appraise(t)
+	refused(t, a, CheckTDXLibrary)
+	for _, name := range []string{CheckTDXChain, CheckTDXSignature, CheckTDXQESignature, CheckTDXQEData} {
+		if a.Verdict.Outcome(name) != Passed {
+			t.Errorf("%s: %s", name, a.Verdict.Outcome(name))
+		}
+	}
+	if a.Facts.TDX != nil || a.Facts.Identity != "" {
+		t.Errorf("%+v", a.Facts)
 	}
 }
