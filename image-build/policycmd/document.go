@@ -30,7 +30,7 @@ type document struct {
 	envelope    *dsse.Envelope // of the last, with signatures that nobody has verified
 }
 
-var referenceVersion = regexp.MustCompile(`(?m)^[{ ]*"?apiVersion"?[ ]*:[ ]*["']?cvm-agent\.reference-values/`)
+var referenceVersion = regexp.MustCompile(`(?m)^(?:\{\s*)?"?apiVersion"?[ ]*:[ ]*["']?cvm-agent\.reference-values/`)
 
 // kindOf only chooses the strict decoder that a document has to pass.
 func kindOf(data []byte) string {

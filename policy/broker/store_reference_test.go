@@ -2,6 +2,7 @@ package broker
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse/dssetest"
 )
 
 // What every backend does with reference documents and instances.
@@ -150,5 +152,54 @@ func testInstances(t *testing.T, s *Store) {
 	list, err := s.Instances()
 	if err != nil || len(list) != 2 || !list[1].Tombstone || list[0].Tombstone || list[0].ID != b.ID {
 		t.Errorf("%+v, %v", list, err)
+	}
+}
+
+// Who signs rules is read strictly: what cannot be used stops the start.
+func TestRuleSignersConfiguration(t *testing.T) {
+	dir := t.TempDir()
+	if err := Init(InitOptions{Dir: filepath.Join(dir, "b"), Hosts: []string{"127.0.0.1"}, Listen: "127.0.0.1:0", Now: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "b", FileConfig)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := dssetest.New(t, "ecdsa"), dssetest.New(t, "ed25519")
+	for name, data := range map[string]string{"one.pub": one.PEM, "two.pub": two.PEM, "both.pub": one.PEM + two.PEM, "key": string(one.PKCS8)} {
+		if err := os.WriteFile(filepath.Join(dir, "b", name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	load := func(more string) (*RuleSigners, error) {
+		if err := os.WriteFile(path, append(text[:len(text):len(text)], more...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := LoadConfig(path)
+		if err != nil {
+			return nil, err
+		}
+		s, err := c.ruleSigners()
+		if err == nil && s != nil {
+			_, err = newDocuments(*s)
+		}
+		return s, err
+	}
+	if s, err := load(""); err != nil || s != nil {
+		t.Errorf("none: %+v, %v", s, err)
+	}
+	for _, good := range []string{"keys: [one.pub]", "keys: [one.pub, two.pub], threshold: 2", "keys: [both.pub], threshold: 2"} {
+		if s, err := load("ruleSigners: {" + good + "}\n"); err != nil || len(s.Keys) < s.Threshold || s.Threshold < 1 {
+			t.Errorf("%s: %+v, %v", good, s, err)
+		}
+	}
+	for _, bad := range []string{
+		"", "keys: []", "threshold: 1", "keys: [one.pub], threshold: 2", "keys: [one.pub, one.pub], threshold: 2", "keys: [one.pub], threshold: -1",
+		"keys: [nowhere.pub]", "keys: [key]", "keys: [" + one.Fingerprint + "]", "keys: [one.pub], anyone: true",
+	} {
+		if s, err := load("ruleSigners: {" + bad + "}\n"); err == nil {
+			t.Errorf("%s: accepted as %+v", bad, s)
+		}
 	}
 }
