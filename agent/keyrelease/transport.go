@@ -124,7 +124,7 @@ func connectionError(err error) error {
 	switch {
 	case errors.As(err, &verification):
 		return cause.New(cause.BrokerTLS, "the broker's certificate: %w", verification.Err)
-	case errors.As(err, &alert), errors.As(err, &header):
+	case errors.As(err, &alert), errors.As(err, &header), errors.Is(err, http.ErrSchemeMismatch):
 		return cause.New(cause.BrokerTLS, "the broker's TLS: %w", err)
 	}
 	return cause.New(cause.BrokerUnavailable, "%w", err)

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -28,16 +30,30 @@ import (
 
 // attester is evidence in memory: the broker of these tests judges none.
 type attester struct {
+	tee     string // "": tpm
+	primary string // "": made up
+	data    [48]byte
 	quotes  int
 	events  []byte // as the last evidence had them
 	onQuote func()
 }
 
-func (a *attester) TEE() string { return "tpm" }
+func (a *attester) TEE() string {
+	if a.tee != "" {
+		return a.tee
+	}
+	return "tpm"
+}
 func (a *attester) Auth(context.Context) (*kbs.CVMAgentAuth, error) {
+	if a.tee != "" {
+		return &kbs.CVMAgentAuth{Version: "cvm-agent/1"}, nil
+	}
 	return &kbs.CVMAgentAuth{Version: "cvm-agent/1", EKCert: []byte("ek"), AKPublic: []byte("ak")}, nil
 }
 func (a *attester) Additional(_ context.Context, _ string, c *kbs.CVMAgentChallenge) (kbs.AdditionalCVMAgent, error) {
+	if a.tee != "" {
+		return kbs.AdditionalCVMAgent{}, nil
+	}
 	if c == nil {
 		return kbs.AdditionalCVMAgent{}, cause.New(cause.BrokerProtocol, "no credential in the challenge")
 	}
@@ -45,9 +61,12 @@ func (a *attester) Additional(_ context.Context, _ string, c *kbs.CVMAgentChalle
 }
 func (a *attester) Evidence(_ context.Context, rd [48]byte, events []byte) (json.RawMessage, error) {
 	a.quotes++
-	a.events = events
+	a.events, a.data = events, rd
 	if a.onQuote != nil {
 		a.onQuote()
+	}
+	if a.primary != "" {
+		return json.RawMessage(a.primary), nil
 	}
 	return json.RawMessage(fmt.Sprintf(`{"tpm_quote":{"report_data":"%x"}}`, rd)), nil
 }
@@ -60,9 +79,12 @@ type trustee struct {
 	t      *testing.T
 	server *httptest.Server
 	key    *ecdsa.PrivateKey // signs tokens
+	id     string            // of its sessions
 
 	mu       sync.Mutex
 	requests []string
+	cookies  []string // Cookie headers, one for each request
+	bodies   []string
 	teeKey   json.RawMessage
 	nonce    string
 	secret   string // the resource
@@ -73,6 +95,8 @@ type trustee struct {
 	claims    func(c map[string]any)
 	sign      func(payload []byte) string
 	resource  func(w http.ResponseWriter, jwe string)
+	version   string // the one that it speaks
+	refuse    func(w http.ResponseWriter, path string) bool
 }
 
 func newTrustee(t *testing.T) *trustee {
@@ -81,11 +105,18 @@ func newTrustee(t *testing.T) *trustee {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &trustee{t: t, key: key, secret: "a very secret resource"}
+	b := &trustee{t: t, key: key, id: sessionID(), version: "0.4.0", secret: "a very secret resource"}
 	b.server = httptest.NewTLSServer(http.HandlerFunc(b.serve))
 	b.server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
 	t.Cleanup(b.server.Close)
 	return b
+}
+
+// sessionID is 32 hex digits, as Trustee's are.
+func sessionID() string {
+	raw := make([]byte, 16)
+	_, _ = rand.Read(raw)
+	return hex.EncodeToString(raw)
 }
 
 func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
@@ -93,14 +124,18 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 	defer b.mu.Unlock()
 	body, _ := io.ReadAll(r.Body)
 	b.requests = append(b.requests, r.Method+" "+r.URL.Path)
+	b.cookies = append(b.cookies, strings.Join(r.Header["Cookie"], "|"))
+	b.bodies = append(b.bodies, string(body))
 	if b.down > 0 {
 		b.down--
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return
 	}
 	cookie, _ := r.Cookie("kbs-session-id")
-	const id = "0123456789abcdef0123456789abcdef"
-	if r.URL.Path != "/kbs/v0/auth" && (cookie == nil || cookie.Value != id) {
+	if b.refuse != nil && b.refuse(w, r.URL.Path) {
+		return
+	}
+	if r.URL.Path != "/kbs/v0/auth" && (cookie == nil || cookie.Value != b.id) {
 		deny(w, "TokenNotFound", "no session")
 		return
 	}
@@ -108,9 +143,10 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 	case "/kbs/v0/auth":
 		var q struct {
 			Version string                     `json:"version"`
+			TEE     string                     `json:"tee"`
 			Extra   map[string]json.RawMessage `json:"extra-params"`
 		}
-		if json.Unmarshal(body, &q) != nil || q.Version != "0.4.0" {
+		if json.Unmarshal(body, &q) != nil || q.Version != b.version {
 			deny(w, "AttestationError", "KBS Client Protocol Version Mismatch")
 			return
 		}
@@ -118,9 +154,9 @@ func (b *trustee) serve(w http.ResponseWriter, r *http.Request) {
 		raw := make([]byte, 32)
 		_, _ = rand.Read(raw)
 		b.nonce = base64.StdEncoding.EncodeToString(raw)
-		w.Header().Set("Set-Cookie", "kbs-session-id="+id)
+		w.Header().Set("Set-Cookie", "kbs-session-id="+b.id)
 		answer := `{"nonce":"` + b.nonce + `","extra-params":""}`
-		if ours {
+		if ours && q.TEE == "tpm" {
 			answer = `{"nonce":"` + b.nonce + `","extra-params":{"cvm-agent":{"credential_blob":"AAEA","secret":"AAEA"}}}`
 		}
 		if b.challenge != nil {
@@ -193,16 +229,16 @@ func (b *trustee) signed(key *ecdsa.PrivateKey, payload []byte) string {
 }
 
 func (b *trustee) encrypted(data []byte) string {
-	var k kbs.TEEPubKey
+	var k jose.JSONWebKey
 	if err := json.Unmarshal(b.teeKey, &k); err != nil {
 		b.t.Error(err)
 		return ""
 	}
-	pub, err := k.PublicKey()
-	if err != nil {
-		b.t.Error(err)
-		return ""
-	}
+	return encryptedTo(b.t, k.Key, data)
+}
+
+func encryptedTo(t *testing.T, pub any, data []byte) string {
+	b := struct{ t *testing.T }{t}
 	e, err := jose.NewEncrypter(jose.A256GCM, jose.Recipient{Algorithm: jose.ECDH_ES_A256KW, Key: pub}, nil)
 	if err != nil {
 		b.t.Error(err)
