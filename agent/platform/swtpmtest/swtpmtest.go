@@ -27,7 +27,12 @@ type TPM struct {
 
 // Start makes and starts a TPM with its state, its CA and its socket in dir,
 // which must have a short path (a socket's is at most 107 bytes).
-func Start(dir string) (*TPM, error) {
+func Start(dir string) (*TPM, error) { return start(dir, "--create-ek-cert", "--lock-nvram") }
+
+// StartWithoutEKCert is Start for a TPM that nobody certified: it has no Roots.
+func StartWithoutEKCert(dir string) (*TPM, error) { return start(dir) }
+
+func start(dir string, with ...string) (*TPM, error) {
 	t := &TPM{dir: dir, Socket: filepath.Join(dir, "swtpm.sock")}
 	t.Spec = "unix:" + t.Socket
 	state := filepath.Join(dir, "state")
@@ -47,10 +52,13 @@ func Start(dir string) (*TPM, error) {
 			return nil, err
 		}
 	}
-	setup := exec.Command("swtpm_setup", "--tpm2", "--tpmstate", state, "--create-ek-cert", "--lock-nvram",
-		"--pcr-banks", "sha256", "--config", filepath.Join(dir, "setup.conf"), "--overwrite")
+	setup := exec.Command("swtpm_setup", append(with, "--tpm2", "--tpmstate", state,
+		"--pcr-banks", "sha256", "--config", filepath.Join(dir, "setup.conf"), "--overwrite")...)
 	if out, err := setup.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("swtpm_setup (is swtpm-tools installed? make deps): %w\n%s", err, out)
+	}
+	if len(with) == 0 {
+		return t, t.start()
 	}
 	// The EK certificate's issuer, then the root that swtpm_localca made for it.
 	for _, name := range []string{"issuercert.pem", "swtpm-localca-rootca-cert.pem"} {
