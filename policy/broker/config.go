@@ -93,6 +93,9 @@ type Limits struct {
 	PeerRate        int `json:"peerRate,omitempty"`        // requests a second; default 500, -1: no limit
 	PeerBurst       int `json:"peerBurst,omitempty"`       // default 4 times the rate
 	PeerConnections int `json:"peerConnections,omitempty"` // default 0: no limit of its own
+	// InstanceDays is after how many days a guest that does not come back is
+	// forgotten; default 90, -1: never.
+	InstanceDays int `json:"instanceDays,omitempty"`
 }
 
 const (
@@ -206,7 +209,7 @@ func (l *Limits) complete() error {
 	for _, d := range []struct {
 		p *int
 		v int
-	}{{&l.Sessions, 10000}, {&l.Connections, 1024}, {&l.PeerRate, 500}} {
+	}{{&l.Sessions, 10000}, {&l.Connections, 1024}, {&l.PeerRate, 500}, {&l.InstanceDays, 90}} {
 		if *d.p == 0 {
 			*d.p = d.v
 		}
@@ -219,6 +222,9 @@ func (l *Limits) complete() error {
 	}
 	if l.PeerRate < -1 || l.PeerRate > 1e6 || l.PeerBurst < 1 || l.PeerBurst > 1e7 || l.PeerConnections < 0 {
 		return errors.New("limits: peerRate must be -1 or 1 to 1000000, peerBurst 1 to 10000000, peerConnections at least 0")
+	}
+	if l.InstanceDays < -1 || l.InstanceDays > 36500 {
+		return errors.New("limits: instanceDays must be -1 or 1 to 36500")
 	}
 	return nil
 }

@@ -139,6 +139,7 @@ func testBackend(t *testing.T, s *Store) {
 	if n != 1 {
 		t.Errorf("one identity got %d instances", n)
 	}
+	testPruning(t, s)
 	if err := s.DeleteResource(keyOne, onRecord); err != nil {
 		t.Fatal(err)
 	}
@@ -147,6 +148,56 @@ func testBackend(t *testing.T, s *Store) {
 	}
 	if err := s.DeleteResource(keyOne, onRecord); !errors.Is(err, errNotFound) {
 		t.Errorf("deleted twice: %v", err)
+	}
+}
+
+// More than a page of guests that never come back are forgotten; a destroyed
+// one, and one that was seen since, are not.
+func testPruning(t *testing.T, s *Store) {
+	t.Helper()
+	long, lately := time.Now().AddDate(0, 0, -100), time.Now().AddDate(0, 0, -1)
+	ids := map[string]string{}
+	see := func(identity string, at time.Time) {
+		t.Helper()
+		i, err := s.Instance(identity, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if id, ok := ids[identity]; ok && id != i.ID {
+			t.Errorf("%s got another id", identity)
+		}
+		ids[identity] = i.ID
+	}
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			for i := w; i < 520; i += 8 {
+				if _, err := s.Instance(fmt.Sprintf("snp:%04d", i), long); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	see("snp:destroyed", long)
+	see("snp:back", long)
+	see("snp:back", lately)
+	if err := s.SetTombstone(ids["snp:destroyed"], onRecord); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.PruneInstances(time.Now().AddDate(0, 0, -90)); n != 520 || err != nil {
+		t.Errorf("%d instances were forgotten, expected 520, %v", n, err)
+	}
+	see("snp:destroyed", long)
+	see("snp:back", lately)
+	list, err := s.Instances()
+	if err != nil || len(list) != 3 {
+		t.Errorf("%d instances are left, expected 3, %v", len(list), err)
+	}
+	for _, i := range list {
+		if i.Tombstone != (i.Identity == "snp:destroyed") {
+			t.Errorf("%+v", i)
+		}
 	}
 }
 

@@ -36,6 +36,8 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 	if err != nil {
 		return err
 	}
+	// Whatever happens from here on, the sessions that it read are kept.
+	defer server.Close()
 	cert, err := c.certificate()
 	if err != nil {
 		return err
@@ -75,6 +77,15 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 		served <- h.ServeTLS(netutil.LimitListener(limitPeers(l, c.Limits.PeerConnections), c.Limits.Connections), "", "")
 	}()
 
+	pruned := make(chan struct{})
+	defer func() { <-pruned }()
+	ctx, cancelled := context.WithCancel(ctx)
+	defer cancelled()
+	go func() {
+		defer close(pruned)
+		c.prune(ctx, opts, logger)
+	}()
+
 	fmt.Fprintf(out, "listening on https://%s\n", addr)
 	logger.Info("ready", "address", addr.String(), "tees", len(opts.Verifiers), "admin", len(opts.AdminHashes) > 0)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
@@ -99,6 +110,29 @@ func Run(ctx context.Context, c *Config, credentials string, logger *slog.Logger
 		err = werr
 	}
 	return cause.Wrap(cause.Internal, err)
+}
+
+// prune forgets guests that do not come back, now and each hour.
+func (c *Config) prune(ctx context.Context, o *Options, logger *slog.Logger) {
+	if c.Limits.InstanceDays < 0 {
+		return
+	}
+	t := time.NewTicker(time.Hour)
+	defer t.Stop()
+	for {
+		n, err := o.Store.PruneInstances(o.Now().AddDate(0, 0, -c.Limits.InstanceDays))
+		if n > 0 {
+			err = errors.Join(err, o.Audit.Write(audit.Record{Op: "prune", Outcome: "ok", Reason: fmt.Sprintf("%d instances not seen for %d days", n, c.Limits.InstanceDays)}))
+		}
+		if err != nil {
+			logger.Error("old instances could not be forgotten", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
 }
 
 // serveMetrics serves them where the configuration says, until the function

@@ -3,8 +3,6 @@ package broker
 import (
 	"crypto/aes"
 	"crypto/cipher"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,7 +36,8 @@ var (
 type Instance struct {
 	ID        string    `json:"id"` // 32 hex digits, random
 	FirstSeen time.Time `json:"firstSeen"`
-	Tombstone bool      `json:"tombstone"` // nothing is released to it any more; never cleared
+	LastSeen  time.Time `json:"lastSeen,omitzero"` // to a day
+	Tombstone bool      `json:"tombstone"`         // nothing is released to it any more; never cleared
 }
 
 // transaction is one atomic piece of work on sealed values by bucket and name.
@@ -354,31 +353,4 @@ func (s *Store) Release(identity string, u kbs.ResourceURI, judge func(Grounds) 
 		return err
 	})
 	return data, err
-}
-
-// Instance returns the instance of an attested identity and makes it at the
-// first call: a random id that the identity keeps.
-func (s *Store) Instance(identity string, now time.Time) (inst Instance, err error) {
-	b, err := s.read(bucketInstances, identity)
-	if err == nil {
-		return inst, json.Unmarshal(b, &inst)
-	}
-	if !errors.Is(err, errNotFound) {
-		return inst, err
-	}
-	// Another session of the same guest may be first: then its instance counts.
-	id := make([]byte, 16)
-	rand.Read(id)
-	if b, err = json.Marshal(Instance{ID: hex.EncodeToString(id), FirstSeen: now.UTC()}); err != nil {
-		return inst, err
-	}
-	key := []byte(identity)
-	sealed, err := s.backend.insert(bucketInstances, key, s.seal(bucketInstances, key, b))
-	if err != nil {
-		return inst, err
-	}
-	if b, err = s.unseal(bucketInstances, key, sealed); err != nil {
-		return inst, err
-	}
-	return inst, json.Unmarshal(b, &inst)
 }

@@ -257,31 +257,34 @@ func (t postgresTx) remove(bucket, key []byte) error {
 	return storageError(err)
 }
 
+// each reads page by page: a table of a million guests is not held at once, and
+// f may use the connection.
 func (t postgresTx) each(bucket []byte, f func(key, sealed []byte) error) error {
-	rows, err := t.tx.Query(t.ctx, "SELECT name, value FROM cvm_broker_value WHERE bucket = $1 ORDER BY name", string(bucket))
-	if err != nil {
-		return storageError(err)
+	const page = 500
+	type pair struct {
+		name   string
+		sealed []byte
 	}
-	// Read before f runs: f may use the connection.
-	type pair struct{ name, value []byte }
-	var all []pair
-	for rows.Next() {
-		var p pair
-		var name string
-		if err := rows.Scan(&name, &p.value); err != nil {
-			rows.Close()
+	for after := ""; ; {
+		rows, err := t.tx.Query(t.ctx, "SELECT name, value FROM cvm_broker_value WHERE bucket = $1 AND name > $2 ORDER BY name LIMIT $3", string(bucket), after, page)
+		if err != nil {
 			return storageError(err)
 		}
-		p.name = []byte(name)
-		all = append(all, p)
-	}
-	if err := rows.Err(); err != nil {
-		return storageError(err)
-	}
-	for _, p := range all {
-		if err := f(p.name, p.value); err != nil {
-			return err
+		list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (p pair, err error) {
+			err = r.Scan(&p.name, &p.sealed)
+			return p, err
+		})
+		if err != nil {
+			return storageError(err)
+		}
+		for _, p := range list {
+			if err := f([]byte(p.name), p.sealed); err != nil {
+				return err
+			}
+			after = p.name
+		}
+		if len(list) < page {
+			return nil
 		}
 	}
-	return nil
 }

@@ -50,6 +50,7 @@ type Instance struct {
 	ID        string    `json:"id"`
 	Identity  string    `json:"identity"` // the attested key or launch that the id is bound to
 	FirstSeen time.Time `json:"firstSeen"`
+	LastSeen  time.Time `json:"lastSeen,omitzero"` // to a day
 	Tombstone bool      `json:"tombstone"`
 }
 

@@ -27,7 +27,7 @@ type Record struct {
 	Time     string `json:"time"`             // RFC 3339, UTC, milliseconds
 	Prev     string `json:"prev"`             // SHA-256 of the line before, lowercase hex; 64 zeros in the first
 	Broker   string `json:"broker,omitempty"` // name of the broker, where several share a database and each has its own log
-	Op       string `json:"op"`               // auth, attest, release, admin.<what>, start, stop, recovered
+	Op       string `json:"op"`               // auth, attest, release, admin.<what>, start, stop, prune, recovered
 	Peer     string `json:"peer,omitempty"`
 	Session  string `json:"session,omitempty"` // first 16 hex digits of the cookie's SHA-256
 	TEE      string `json:"tee,omitempty"`
