@@ -57,7 +57,7 @@ type TDXFacts struct {
 	// valid at the time of the appraisal: "UpToDate", "SWHardeningNeeded", …;
 	// empty when no TCB info was there and the collateral policy allows that.
 	TCBStatus  string   `json:"tcbStatus"`
-	TCBDate    string   `json:"tcbDate,omitempty"` // RFC 3339, of the matching level
+	TCBDate    string   `json:"tcbDate,omitempty"` // RFC 3339, of the matching level; the earlier of platform and module
 	Advisories []string `json:"advisories,omitempty"`
 	FMSPC      string   `json:"fmspc"` // 6 bytes
 	QEStatus   string   `json:"qeStatus"`

@@ -39,6 +39,11 @@ func (v *TDX) checkTCB(t *Verdict, f *TDXFacts, q *tdxQuote, chain *pckChain, ro
 		found, err := matchTCB(info, q, chain.ext)
 		t.Check(err == nil, CheckTDXTCBLevel, "a level that platform and TDX module reach", levelsOr(found, err))
 		levels = append(levels, found...)
+		for _, l := range found {
+			if f.TCBDate == "" || l.TcbDate < f.TCBDate {
+				f.TCBDate = l.TcbDate
+			}
+		}
 		tcb = err == nil
 	}
 	if qe {
@@ -58,9 +63,6 @@ func (v *TDX) checkTCB(t *Verdict, f *TDXFacts, q *tdxQuote, chain *pckChain, ro
 	f.TCBStatus = mergeStatus(levels)
 	for _, l := range levels {
 		f.Advisories = append(f.Advisories, l.AdvisoryIDs...)
-		if f.TCBDate == "" || l.TcbDate < f.TCBDate {
-			f.TCBDate = l.TcbDate
-		}
 	}
 	slices.Sort(f.Advisories)
 	f.Advisories = slices.Compact(f.Advisories)

@@ -263,10 +263,14 @@ func TestTDXStatusIsTheWorst(t *testing.T) {
 					first(m)["tcbStatus"], first(m)["advisoryIDs"] = r.platform, []string{"INTEL-SA-2", "INTEL-SA-1"}
 					moduleLevel(m)["tcbStatus"], moduleLevel(m)["advisoryIDs"] = r.module, []string{"INTEL-SA-1"}
 				},
-				QEIdentity: func(m map[string]any) { first(m)["tcbStatus"] = r.qe },
+				// A QE changes seldom: its date says nothing of the platform.
+				QEIdentity: func(m map[string]any) { first(m)["tcbStatus"], first(m)["tcbDate"] = r.qe, "2023-01-01T00:00:00Z" },
 			}).sign(t)
 			a := c.appraise(t)
 			accepted(t, a)
+			if a.Facts.TDX.TCBDate != "2026-03-01T00:00:00Z" {
+				t.Errorf("date %s", a.Facts.TDX.TCBDate)
+			}
 			if f := a.Facts.TDX; f.TCBStatus != r.want || f.QEStatus != r.qe || !slices.Equal(f.Advisories, []string{"INTEL-SA-1", "INTEL-SA-2"}) {
 				t.Errorf("%q, QE %q, %v", f.TCBStatus, f.QEStatus, f.Advisories)
 			}
@@ -280,6 +284,10 @@ func TestTDXStatusIsTheWorst(t *testing.T) {
 	accepted(t, a)
 	if a.Facts.TDX.TCBStatus != "OutOfDate" || !slices.Equal(a.Facts.TDX.Advisories, []string{"INTEL-SA-00001"}) {
 		t.Fatalf("%+v", a.Facts.TDX)
+	}
+	old := func(m map[string]any) { moduleLevel(m)["tcbDate"] = "2025-01-01T00:00:00Z" }
+	if f := newTDX(t, tdxtest.Config{TCBInfo: old}).sign(t).appraise(t).Facts.TDX; f.TCBDate != "2025-01-01T00:00:00Z" {
+		t.Errorf("date %s, the module's is earlier than the platform's", f.TCBDate)
 	}
 	if got := mergeStatus([]pcs.TcbLevel{{TcbStatus: "UpToDate"}, {TcbStatus: "something new"}}); got != "Revoked" {
 		t.Errorf("an unknown status is %q", got)
