@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	josejson "github.com/go-jose/go-jose/v4/json"
+	jsonv2 "github.com/go-json-experiment/json"
 
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
@@ -229,7 +230,7 @@ func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 	if to > from {
 		rest = slices.Concat(data[:from], []byte("null"), data[to:])
 	}
-	if err := josejson.Unmarshal(rest, &r); err != nil {
+	if err := jsonv2.Unmarshal(rest, &r); err != nil {
 		return nil, fmt.Errorf("attest request: %w", err)
 	}
 	if to > from {
