@@ -240,7 +240,10 @@ func (o *options) mark() *cobra.Command {
 		}
 		return o.print(cmd, m, fmt.Sprintf("%s: version %d, signers: %s", a[0], m.Version, strings.Join(m.Signers, ", ")))
 	}}
-	return group("mark", "Version marks: the lowest version of a policy that may run", set, show)
+	return group("mark", "Version marks: the lowest version of a policy that may run", set, show,
+		o.lists("List the policy names that have a mark", func(cmd *cobra.Command, c *adminclient.Client) ([]string, error) {
+			return c.Marks(cmd.Context())
+		}))
 }
 
 func (o *options) audit() *cobra.Command {

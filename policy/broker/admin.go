@@ -125,6 +125,9 @@ func (s *Server) adminRoute(w http.ResponseWriter, r *http.Request) error {
 		}
 		return s.adminMark(w, r, name)
 	}
+	if path == adminclient.PathMarks && r.Method == http.MethodGet {
+		return s.adminNames(w, r, "mark.list", s.store.Marks)
+	}
 	if path == adminclient.PathReferences || strings.HasPrefix(path, adminclient.PathReference) {
 		return s.adminReferences(w, r, strings.TrimPrefix(strings.TrimPrefix(path, adminclient.PathReferences), "/"))
 	}

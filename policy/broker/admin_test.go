@@ -54,6 +54,9 @@ func TestAdmin(t *testing.T) {
 	if err := r.admin.SetMark(ctx, "shop", adminclient.Mark{Version: 2}); err == nil {
 		t.Error("a mark went down")
 	}
+	if names, err := r.admin.Marks(ctx); err != nil || len(names) != 1 || names[0] != "shop" {
+		t.Errorf("%v, %v", names, err)
+	}
 	// Everything is there after a restart.
 	r.stop()
 	r = run(t, r.dir, nil)

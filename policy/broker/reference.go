@@ -131,13 +131,7 @@ func (s *Server) rule(g Grounds, u kbs.ResourceURI) (r *release.Rule, document s
 // the list.
 func (s *Server) adminReferences(w http.ResponseWriter, r *http.Request, name string) error {
 	if r.URL.Path == adminclient.PathReferences && r.Method == http.MethodGet {
-		return s.adminDo(r, "reference.list", "", func(done func() error) error {
-			names, err := s.store.References()
-			if err == nil {
-				err = answer(w, names, done)
-			}
-			return err
-		})
+		return s.adminNames(w, r, "reference.list", s.store.References)
 	}
 	if !policyName.MatchString(name) {
 		return kbs.NewError(kbs.VariantInvalidRequestPath, "document name %q is not a DNS label", name)
@@ -163,6 +157,17 @@ func (s *Server) adminReferences(w http.ResponseWriter, r *http.Request, name st
 		return s.adminDo(r, "reference.delete", name, func(done func() error) error { return s.store.DeleteReference(name, done) })
 	}
 	return kbs.NewError(kbs.VariantInvalidRequestPath, "method %s is not known for %s", r.Method, r.URL.Path)
+}
+
+// adminNames answers with a list of names.
+func (s *Server) adminNames(w http.ResponseWriter, r *http.Request, op string, list func() ([]string, error)) error {
+	return s.adminDo(r, op, "", func(done func() error) error {
+		names, err := list()
+		if err == nil {
+			err = answer(w, names, done)
+		}
+		return err
+	})
 }
 
 func (s *Server) putReference(name string, envelope []byte, done func() error) error {

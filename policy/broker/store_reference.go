@@ -124,10 +124,15 @@ type StoredReference struct {
 }
 
 // References lists the documents' names.
-func (s *Store) References() ([]string, error) {
+func (s *Store) References() ([]string, error) { return s.names(bucketReferences) }
+
+// Marks lists the policy names that have a version mark.
+func (s *Store) Marks() ([]string, error) { return s.names(bucketMarks) }
+
+func (s *Store) names(bucket []byte) ([]string, error) {
 	names := []string{}
 	err := s.backend.view(func(tx transaction) error {
-		return tx.each(bucketReferences, func(k, _ []byte) error {
+		return tx.each(bucket, func(k, _ []byte) error {
 			names = append(names, string(k))
 			return nil
 		})

@@ -9,8 +9,9 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
-// The admin endpoints for reference documents and instances.
+// The admin endpoints for reference documents, instances and the list of marks.
 const (
+	PathMarks      = "/admin/v0/marks"             // GET: the list of policy names
 	PathReferences = "/admin/v0/reference-values"  // GET: the list
 	PathReference  = "/admin/v0/reference-values/" // GET, PUT, DELETE; followed by the document's name
 	PathInstances  = "/admin/v0/instances"         // GET: the list
@@ -73,6 +74,13 @@ func (c *Client) Reference(ctx context.Context, name string) (*Reference, error)
 func (c *Client) References(ctx context.Context) ([]string, error) {
 	var list []string
 	err := c.do(ctx, http.MethodGet, PathReferences, nil, &list)
+	return list, err
+}
+
+// Marks lists the policy names that have a version mark.
+func (c *Client) Marks(ctx context.Context) ([]string, error) {
+	var list []string
+	err := c.do(ctx, http.MethodGet, PathMarks, nil, &list)
 	return list, err
 }
 
