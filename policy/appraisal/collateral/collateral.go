@@ -146,7 +146,7 @@ func fileName(address string) (string, error) {
 	if u.RawQuery != "" {
 		name += "?" + u.RawQuery
 	}
-	if len(name) > 1024 || strings.Contains(name, "%2F") || strings.Contains(name, "%2f") || !filepath.IsLocal(name) {
+	if len(name) > 1024 || strings.Contains(name, "%2F") || strings.Contains(name, "%2f") || !filepath.IsLocal(name) || filepath.Clean(name) != name {
 		return "", fmt.Errorf("collateral address %q cannot be a file's name", address)
 	}
 	return name, nil
