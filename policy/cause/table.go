@@ -99,6 +99,9 @@ const (
 	// publishing
 	PublishFailed      Code = "publish-failed"
 	PublishCheckFailed Code = "publish-check-failed"
+
+	// predicting measurements
+	MeasureInput Code = "measure-input-malformed"
 )
 
 // Row documents one code.
@@ -197,6 +200,7 @@ var Table = []Row{
 	{AuditBroken, ExitRefused, "the audit log's hash chain is broken, or it is no audit log"},
 	{PublishFailed, ExitInternal, "an image could not be built, encrypted, signed or pushed"},
 	{PublishCheckFailed, ExitRefused, "what was pushed is not what was asked for"},
+	{MeasureInput, ExitMalformed, "a firmware, image, table or key cannot be measured as it is"},
 }
 
 var byCode = func() map[Code]Row {

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cc-runtime/cvm-agent/image-build/brokercmd"
+	"github.com/cc-runtime/cvm-agent/image-build/measurecmd"
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
 	"github.com/cc-runtime/cvm-agent/image-build/verifycmd"
@@ -57,7 +58,7 @@ func command() *cobra.Command {
 			return cmd.Help()
 		},
 	}
-	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), versionCommand())
+	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), measurecmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
 	root.SetVersionTemplate("cvmctl {{.Version}}\n")
 	usageErrors(root)

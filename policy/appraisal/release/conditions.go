@@ -198,6 +198,9 @@ func distinct(path string, list []string, most int) error {
 	return nil
 }
 
+// Validate checks one launch that stands alone.
+func (l Launch) Validate() error { return l.validate("launch") }
+
 // validate checks one launch; path is where it stands.
 func (l Launch) validate(path string) error {
 	if !labelRE.MatchString(l.Label) {

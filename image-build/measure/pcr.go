@@ -1,0 +1,62 @@
+package measure
+
+import (
+	"encoding/hex"
+
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
+)
+
+// PCRConfig says what a UKI is booted with.
+type PCRConfig struct {
+	// Phases are the words that systemd-pcrphase has measured by the time of the
+	// quote; nil for DefaultPhases.
+	Phases []string
+	// Initdata gives PCR 8; nil leaves it out.
+	Initdata *policy.Initdata
+}
+
+// DefaultPhases are those of an image whose /init is no systemd: the initrd's
+// words are missing.
+var DefaultPhases = []string{"sysinit", "ready"}
+
+// PCRAssumptions is what PCRs stands on.
+var PCRAssumptions = []string{
+	"SHA-256 bank",
+	"PCR 4, 9: firmware starts the UKI as its first boot option from the ESP, no boot loader before it",
+	"PCR 9, 11: systemd-stub 257 and a Linux EFI stub that measures command line and initrd (6.12 does)",
+	"PCR 9: load options, SMBIOS and the ESP add nothing to command line and initrd; PCR 12 and 13 are zero then",
+	"PCR 11: no phase after the last one named here was reached",
+}
+
+// PCRs predicts the PCRs of a booted UKI, by index, in lowercase hex.
+func PCRs(u *UKI, c PCRConfig) (map[string]string, error) {
+	if c.Phases == nil {
+		c.Phases = DefaultPhases
+	}
+	pcr4, err := pcr4(u)
+	if err != nil {
+		return nil, err
+	}
+	pcr9, err := pcr9(u)
+	if err != nil {
+		return nil, err
+	}
+	pcr11, err := pcr11(u, c.Phases)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{
+		"4": hex.EncodeToString(pcr4), "9": hex.EncodeToString(pcr9), "11": hex.EncodeToString(pcr11),
+		"12": release.ZeroPCR, // what the stub is given beside the UKI: command lines, credentials, add-ons
+		"13": release.ZeroPCR, // system extensions
+	}
+	if c.Initdata != nil {
+		v, err := c.Initdata.PCR8()
+		if err != nil {
+			return nil, err
+		}
+		out["8"] = hex.EncodeToString(v)
+	}
+	return out, nil
+}

@@ -1,0 +1,133 @@
+package measurecmd
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cc-runtime/cvm-agent/image-build/measure"
+	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+)
+
+// predicted is what pcr says.
+type predicted struct {
+	PCRs        map[string]string `json:"pcrs"` // SHA-256 bank, by index
+	Phases      []string          `json:"phases"`
+	Assumptions []string          `json:"assumptions"`
+}
+
+func pcrCommand() *cobra.Command {
+	var o out
+	var image, uki, initdata, phases, platform, paravisor string
+	c := &cobra.Command{
+		Use:   "pcr --image DISK | --uki FILE [--initdata FILE] [--phases WORD:WORD…]",
+		Short: "Predict PCRs 4, 9, 11, 12 and 13 of a booted image, and 8 for an initdata",
+		Long: "Pcr prints what a TPM's PCRs (SHA-256) hold once the image has booted from its disk. With --image the\n" +
+			"UKI is /EFI/BOOT/BOOTX64.EFI of the disk's EFI system partition. PCR 11 depends on how far the boot\n" +
+			"has come: sysinit:ready is what the agent sees in an image whose /init is not systemd.\n" +
+			"A launch entry never names PCR 8: the launch policy, which release rules name, is what it holds.",
+		Example: "  cvmctl measure pcr --image disk.raw --initdata initdata.toml\n" +
+			"  cvmctl measure pcr --uki uki.efi --format reference-values --label guest-1.4 --into reference.yaml",
+		RunE: func(c *cobra.Command, _ []string) error {
+			if (image == "") == (uki == "") {
+				return cause.New(cause.Usage, "give exactly one of --image and --uki")
+			}
+			u, err := readUKI(image, uki)
+			if err != nil {
+				return err
+			}
+			config := measure.PCRConfig{Phases: []string{}}
+			if phases != "" {
+				config.Phases = strings.Split(phases, ":")
+			}
+			if initdata != "" {
+				data, err := read(initdata, policy.MaxInitdata)
+				if err != nil {
+					return err
+				}
+				if config.Initdata, err = policy.ParseInitdata(data); err != nil {
+					return named(initdata, err)
+				}
+			}
+			pcrs, err := measure.PCRs(u, config)
+			if err != nil {
+				return err
+			}
+			entry, err := pcrEntry(platform, paravisor, pcrs)
+			if err != nil {
+				return err
+			}
+			return o.print(c, predicted{pcrs, config.Phases, measure.PCRAssumptions}, pcrText(pcrs), entry)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&image, "image", "", "GPT disk image `FILE`")
+	f.StringVar(&uki, "uki", "", "unified kernel image `FILE`")
+	f.StringVar(&initdata, "initdata", "", "initdata `FILE`, for PCR 8")
+	f.StringVar(&phases, "phases", strings.Join(measure.DefaultPhases, ":"), "boot phases measured into PCR 11, `WORD:WORD…`; empty for none")
+	f.StringVar(&platform, "platform", release.PlatformTPM, "platform of the launch entry: tpm or az-snp-vtpm")
+	f.StringVar(&paravisor, "paravisor", "", "for az-snp-vtpm: MEASUREMENT of Azure's paravisor, `HEX`")
+	o.flags(c)
+	return c
+}
+
+func pcrEntry(platform, paravisor string, pcrs map[string]string) (release.Launch, error) {
+	entry := release.Launch{Platform: platform, PCRs: map[string]string{}}
+	for _, i := range release.PinnedPCRs {
+		entry.PCRs[i] = pcrs[i]
+	}
+	switch {
+	case platform == release.PlatformTPM && paravisor == "":
+	case platform == release.PlatformAzSNPvTPM && paravisor != "":
+		if err := bytesOf("paravisor", paravisor, make([]byte, 48)); err != nil {
+			return entry, err
+		}
+		entry.SNP = &release.SNPLaunch{Measurement: strings.ToLower(paravisor)}
+	default:
+		return entry, cause.New(cause.Usage, "--platform is %q, expected tpm, or az-snp-vtpm with --paravisor", platform)
+	}
+	return entry, nil
+}
+
+func pcrText(pcrs map[string]string) string {
+	var b strings.Builder
+	for _, i := range []string{"4", "8", "9", "11", "12", "13"} {
+		if v, ok := pcrs[i]; ok {
+			fmt.Fprintf(&b, "PCR %-2s %s\n", i, v)
+		}
+	}
+	for _, a := range measure.PCRAssumptions {
+		fmt.Fprintf(&b, "assumes %s\n", a)
+	}
+	return b.String()
+}
+
+func readUKI(image, uki string) (*measure.UKI, error) {
+	if uki != "" {
+		data, err := read(uki, measure.MaxKernel)
+		if err != nil {
+			return nil, err
+		}
+		u, err := measure.ParseUKI(data)
+		return u, named(uki, err)
+	}
+	f, err := os.Open(image)
+	if err != nil {
+		return nil, cause.Wrap(cause.Usage, err)
+	}
+	defer f.Close()
+	s, err := f.Stat()
+	if err != nil || !s.Mode().IsRegular() {
+		return nil, cause.New(cause.Usage, "%s is not a regular file", image)
+	}
+	data, err := measure.UKIFromDisk(f, s.Size())
+	if err != nil {
+		return nil, named(image, err)
+	}
+	u, err := measure.ParseUKI(data)
+	return u, named(image, err)
+}
