@@ -216,17 +216,23 @@ func newVM(t *testing.T, maker int) *vm {
 // sign makes the initdata of one version of the guest's policy.
 func (v *vm) sign(t *testing.T, version uint64) (initdata []byte, digest string) {
 	t.Helper()
+	return signed(t, v.signer, version, policy.PlatformTPM)
+}
+
+// signed makes the initdata of a policy for one platform.
+func signed(t *testing.T, signer *dssetest.Key, version uint64, on policy.Platform) (initdata []byte, digest string) {
+	t.Helper()
 	p := &policy.Policy{
 		APIVersion: policy.APIVersion, Name: "shop", Version: version, Expires: time.Now().Add(time.Hour).UTC().Format(time.RFC3339),
-		Platforms: []policy.Platform{policy.PlatformTPM},
+		Platforms: []policy.Platform{on},
 		Workloads: []policy.Workload{{Name: "web", Image: imageOne, Encryption: "optional",
-			Signatures: policy.Signatures{Required: []policy.Signer{{Key: v.signer.PEM}}}}},
+			Signatures: policy.Signatures{Required: []policy.Signer{{Key: signer.PEM}}}}},
 	}
-	envelope, err := policy.Sign(p, v.signer)
+	envelope, err := policy.Sign(p, signer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if initdata, err = policy.PackInitdata("sha256", map[string]string{policy.KeyPolicy: string(envelope), policy.KeySigners: v.signer.PEM}); err != nil {
+	if initdata, err = policy.PackInitdata("sha256", map[string]string{policy.KeyPolicy: string(envelope), policy.KeySigners: signer.PEM}); err != nil {
 		t.Fatal(err)
 	}
 	payload, err := p.Canonical()
