@@ -139,7 +139,7 @@ func (s *Source) Get(ctx context.Context, address string) (*Piece, error) {
 // fileName is the vendor's address as a path below Dir and Proxy.
 func fileName(address string) (string, error) {
 	u, err := url.Parse(address)
-	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.Host == "." || u.User != nil || u.Fragment != "" {
 		return "", fmt.Errorf("collateral address %q is not an https URL", address)
 	}
 	name := u.Host + u.EscapedPath()
