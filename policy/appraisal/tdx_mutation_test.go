@@ -311,3 +311,35 @@ func TestTDXLibraryAloneRefuses(t *testing.T) {
 		t.Errorf("%+v", a.Facts)
 	}
 }
+
+// Version 5, which the library does not read: our own rows alone keep the facts
+// of a quote that nobody vouches for from being facts.
+func TestTDXVersion5FactsNeedEachRow(t *testing.T) {
+	c := newTDX(t, tdxtest.Config{})
+	c.report.Version = 5
+	for check, change := range map[string]func(*tdxtest.Parts){
+		CheckTDXHeader:      func(p *tdxtest.Parts) { p.Header[4] = 0 },
+		CheckTDXQEData:      func(p *tdxtest.Parts) { p.KeepQEData = true },
+		CheckTDXQESignature: func(p *tdxtest.Parts) { p.PCK = tdxtest.NewKey(t) },
+		CheckTDXChain:       func(p *tdxtest.Parts) { p.Chain = nil },
+	} {
+		a := c.sign(t, change).appraise(t)
+		refused(t, a, check)
+		if a.Facts.TDX != nil || a.Facts.Identity != "" {
+			t.Errorf("%s failed, and yet: %+v", check, a.Facts)
+		}
+	}
+	c.sign(t)
+	for _, at := range []int{54, 54 + 136, 54 + 584, 54 + 647} { // TD report: first byte, MRTD, TEE_TCB_SVN_2, last byte
+		changed := slices.Clone(c.quote)
+		changed[at] ^= 1
+		a, err := c.verifier.AppraiseRaw(changed, nil, c.in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused(t, a, CheckTDXSignature)
+		if a.Facts.TDX != nil {
+			t.Errorf("byte %d changed: %+v", at, a.Facts.TDX)
+		}
+	}
+}
