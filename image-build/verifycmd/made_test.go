@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cc-runtime/cvm-agent/agent/eventlog"
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/snptest"
@@ -157,6 +159,62 @@ func TestTDXWithCollateral(t *testing.T) {
 	}
 	if _, err := o.runs(t, "--format", "tdx", "--in", quote, "--collateral", p.Source(t).Dir, "--initdata", file(t, "initdata.toml", launch(t).initdata)); cause.Of(err) != cause.EvidenceRefused || !strings.Contains(err.Error(), "launch-binding:") {
 		t.Errorf("initdata that a zero MRCONFIGID does not hold: %v", err)
+	}
+}
+
+// A whole request of a TD under dialect cvm-agent/1: the log replays to RTMR3,
+// the initdata is in MRCONFIGID, the instance is named by its own key.
+func TestTDXRequest(t *testing.T) {
+	p := tdxtest.New(t, tdxtest.Config{})
+	o := options{intelRoots: p.Roots()}
+	g := launch(t)
+	replayed, err := eventlog.Replay(g.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := kbs.AttestRequest{InitData: &kbs.InitData{Format: "toml", Body: string(g.initdata)}}
+	additional := kbs.AdditionalCVMAgent{EventLog: g.log, Instance: tdxtest.InstanceJWS(t, tdxtest.NewKey(t), "bm9uY2U=")}
+	text, err := additional.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, rd := request(t, text)
+	r.RuntimeData, r.TEEEvidence = made.RuntimeData, made.TEEEvidence
+	report := tdxtest.Report{MRTD: [48]byte{1}, RTMR: [4][48]byte{{2}, {3}, {4}, replayed.SHA384}}
+	copy(report.ReportData[:], rd[:])
+	in, err := policy.ParseInitdata(g.initdata)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(report.MRConfigID[:], in.Digest())
+	evidence := func(report tdxtest.Report) string {
+		primary, err := json.Marshal(kbs.TDXEvidence{Quote: p.Quote(t, report)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.TEEEvidence.PrimaryEvidence = primary
+		return file(t, "request.json", r)
+	}
+	args := []string{"--format", "kbs", "--tee", "tdx", "--collateral", p.Source(t).Dir, "--in"}
+	d, err := o.runs(t, append(args, evidence(report))...)
+	if err != nil || !strings.HasPrefix(d.Facts.Identity, "key:") || d.Facts.Log.Register != "RTMR3" || d.Verdict.Outcome(appraisal.CheckLaunch) != appraisal.Passed {
+		t.Fatalf("%v: %+v", err, d.Facts)
+	}
+	for what, c := range map[string]struct {
+		change func(*tdxtest.Report)
+		row    string
+	}{
+		"another RTMR3":     {func(r *tdxtest.Report) { r.RTMR[3][0] ^= 1 }, appraisal.CheckEventLog},
+		"another initdata":  {func(r *tdxtest.Report) { r.MRConfigID[0] ^= 1 }, appraisal.CheckLaunch},
+		"a zero MRCONFIGID": {func(r *tdxtest.Report) { r.MRConfigID = [48]byte{} }, appraisal.CheckLaunch},
+		"other report data": {func(r *tdxtest.Report) { r.ReportData[0] ^= 1 }, appraisal.CheckReportData},
+		"a debuggable TD":   {func(r *tdxtest.Report) { r.Attributes = 1<<28 | 1 }, appraisal.CheckTDXDebug},
+	} {
+		changed := report
+		c.change(&changed)
+		if _, err := o.runs(t, append(args, evidence(changed))...); cause.Of(err) != cause.EvidenceRefused || !strings.Contains(err.Error(), c.row+":") {
+			t.Errorf("%s: %v, expected a refusal by %s", what, err, c.row)
+		}
 	}
 }
 

@@ -27,7 +27,7 @@ func (v *TDX) identify(t *Verdict, facts *Facts, in Input, q *tdxQuote, jws stri
 		}
 		return
 	}
-	if in.Offline != nil {
+	if in.Offline != nil && in.Nonce == "" {
 		t.Skip(CheckInstanceKey, expected, "no session, so no nonce to compare with")
 		return
 	}
