@@ -37,7 +37,7 @@ func Command() *cobra.Command {
 		Use:   "broker",
 		Short: "Manage a key broker's resources, release rules, reference documents, marks and instances",
 		Long: "Manage a key broker's resources, release rules, reference documents, version marks and instances. Every\n" +
-			"command but audit needs --url, --ca and --token-file; `cvm-broker init` writes the files for the last two.",
+			"command but audit and kek needs --url, --ca and --token-file; `cvm-broker init` writes the files for the last two.",
 		Example: "  cvmctl broker resource list --url https://broker.example:8443 --ca ca.pem --token-file admin.token\n" +
 			"  cvmctl broker rule set kbs:///default/key/app --file rule.yaml --url … --ca … --token-file …\n" +
 			"  cvmctl broker reference set --file reference.dsse.json --url … --ca … --token-file …\n" +
@@ -58,7 +58,7 @@ func Command() *cobra.Command {
 	f.StringVar(&o.tokenFile, "token-file", "", "`FILE` with the admin token, readable by its owner alone")
 	f.StringVar(&o.output, "output", "text", "`FORMAT` of the output: text or json")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	c.AddCommand(o.resource(), o.rule(), o.reference(), o.mark(), o.instance(), o.audit())
+	c.AddCommand(o.resource(), o.rule(), o.reference(), o.mark(), o.instance(), o.audit(), o.kekCommand())
 	return c
 }
 

@@ -159,18 +159,35 @@ func TestAKillLosesNothingThatWasAcknowledged(t *testing.T) {
 	}
 }
 
+// BenchmarkWrite is the time for each record, one writer after another and
+// sixteen at once.
 func BenchmarkWrite(b *testing.B) {
-	l, err := Open(filepath.Join(b.TempDir(), "log"), time.Now)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer l.Close()
-	b.SetParallelism(8)
-	b.RunParallel(func(pb *testing.PB) {
-		for pb.Next() {
-			if err := l.Write(Record{Op: "release", Outcome: "ok"}); err != nil {
-				b.Error(err)
+	for name, each := range map[string]func(b *testing.B, write func()){
+		"alone": func(b *testing.B, write func()) {
+			for b.Loop() {
+				write()
 			}
-		}
-	})
+		},
+		"together": func(b *testing.B, write func()) {
+			b.SetParallelism(16)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					write()
+				}
+			})
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			l, err := Open(filepath.Join(b.TempDir(), "log"), time.Now)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer l.Close()
+			each(b, func() {
+				if err := l.Write(Record{Op: "release", Outcome: "ok"}); err != nil {
+					b.Error(err)
+				}
+			})
+		})
+	}
 }
