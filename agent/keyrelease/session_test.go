@@ -1,7 +1,9 @@
 package keyrelease
 
 import (
+	"math/big"
 	"net/http"
+	"slices"
 	"testing"
 	"time"
 
@@ -24,5 +26,21 @@ func TestLesson20_AForgottenSessionIsNoRefusal(t *testing.T) {
 		if cause.Of(err) != cause.BrokerUnavailable || asked != 1 {
 			t.Errorf("%s: asked %d times: %v", variant, asked, err)
 		}
+	}
+}
+
+func TestClosingASessionZeroisesItsKey(t *testing.T) {
+	b := newTrustee(t)
+	s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := s.key.D.Bits() //nolint:staticcheck // looked at, not computed with
+	if !slices.ContainsFunc(words, func(w big.Word) bool { return w != 0 }) {
+		t.Fatal("the key is zero from the start")
+	}
+	s.Close()
+	if slices.ContainsFunc(words, func(w big.Word) bool { return w != 0 }) {
+		t.Error("the key is still in memory")
 	}
 }
