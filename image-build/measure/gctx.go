@@ -15,9 +15,8 @@ const (
 	pageCPUID      = 6
 )
 
-// vmsaGPA is where a VMSA counts as being: the RMP holds it at address -1,
-// page-aligned and cut to 52 bits less the four that KVM clears
-// (virtee/sev-snp-measure, gctx.py).
+// vmsaGPA is where a VMSA counts as being: KVM gives it address -1, of which 48
+// bits, page-aligned, are left (virtee/sev-snp-measure, gctx.py).
 const vmsaGPA = 0xfffffffff000
 
 // gctx is the launch digest of SEV-SNP while pages are added: LD of the guest

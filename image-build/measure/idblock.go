@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-sev-guest/abi"
 )
 
-// The ID block and its authentication (SEV-SNP ABI 1.58, section 8.19: tables 75
-// ID_BLOCK, 76 ID_AUTH_INFO; chapter 10 for keys and signatures).
+// The ID block and its authentication (SEV-SNP ABI 1.58, section 8.19
+// SNP_LAUNCH_FINISH: ID_BLOCK and ID_AUTH; chapter 10 for keys and signatures).
 const (
 	IDBlockSize = 96
 	IDAuthSize  = 4096
@@ -111,7 +111,7 @@ func SignIDBlock(b IDBlock, id, author *ecdsa.PrivateKey) (*IDAuth, error) {
 }
 
 // publicKey is the ABI's form of a key, 1028 bytes: curve, then coordinates in
-// little endian (table 115).
+// little endian.
 func publicKey(k *ecdsa.PrivateKey) ([]byte, error) {
 	if k == nil || k.Curve != elliptic.P384() {
 		return nil, bad("the key is not on P-384")
@@ -119,7 +119,7 @@ func publicKey(k *ecdsa.PrivateKey) ([]byte, error) {
 	return abi.EcdsaPublicKeyToBytes(&k.PublicKey)
 }
 
-// sign writes R and S, 72 bytes each in little endian (table 114).
+// sign writes R and S, 72 bytes each in little endian.
 func sign(k *ecdsa.PrivateKey, data, to []byte) error {
 	digest := sha512.Sum384(data)
 	r, s, err := ecdsa.Sign(rand.Reader, k, digest[:])

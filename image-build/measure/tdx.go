@@ -5,7 +5,8 @@ import "encoding/hex"
 // Separator is the register that takes the separator of "ready to boot".
 type Separator string
 
-// edk2 since stable202411 puts it into RTMR1, before that into RTMR0.
+// edk2 puts it into RTMR1 (OvmfPkg/Tcg/TdTcg2Dxe, OnReadyToBoot); older ones,
+// as the recorded log shows, into RTMR0.
 const (
 	SeparatorRTMR0 Separator = "rtmr0"
 	SeparatorRTMR1 Separator = "rtmr1"
@@ -34,20 +35,20 @@ type TDXMeasurements struct {
 var TDXAssumptions = []string{
 	"QEMU q35 with TDVF metadata from OVMF given as -bios, memory below 4 GiB as q35 lays it out",
 	"ACPI tables are those of exactly this machine: QEMU version, devices, vCPUs and memory all count",
-	"QEMU hands the kernel over as it is (QEMU 10.1 or newer, with OVMF of edk2-stable202505 or newer); older ones write into its header first",
+	"QEMU hands the kernel over as it is, which virtee/tdx-measure documents for OVMF 2025.05 and newer; older ones get a header that QEMU wrote into",
 	"no Secure Boot variable and no boot option is set: a fresh variable store",
 	"RTMR2: a Linux EFI stub that measures command line and initrd, and of a UKI systemd-stub 257",
 }
 
 // TDXUnproven is what no recorded launch was compared with.
 var TDXUnproven = []string{
-	"mrtd, the TD HOB and the variable store in rtmr0: no recorded launch came with its firmware",
+	"mrtd and the TD HOB in rtmr0: no recorded launch came with its firmware and the size of its memory",
 	"the ACPI data in rtmr0, the kernel in rtmr1, command line and initrd in rtmr2: the recorded log came without them",
 	"rtmr1 and rtmr2 of a UKI: there is no recorded launch of one",
 }
 
 // TDXProven is what a recorded log agrees with.
-var TDXProven = "event order and Secure Boot variables, boot options, actions and separators agree with a recorded TDX event log of OVMF direct boot (2023 form: separator in RTMR0)"
+var TDXProven = "order and number of events, an empty 4 MiB image's variable store, Secure Boot variables, boot options, actions and separators agree with the recorded log of an OVMF direct boot (an older edk2: last separator in RTMR0)"
 
 // TDX predicts MRTD and RTMR 0 to 2.
 func TDX(c TDXConfig) (*TDXMeasurements, error) {
