@@ -56,7 +56,13 @@ func openFAT(r *io.SectionReader) (*fat, error) {
 	if wide {
 		width = 4
 	}
-	if clusters < 4085 || wide != (clusters >= 65525) && !(wide && rootEntries == 0) || clusters > maxClusters || (clusters+2)*width > perFAT*sector {
+	// A FAT32 says so by its empty 16-bit fields, which is what edk2 goes by: it
+	// may have fewer clusters than the specification wants.
+	right := clusters >= 4085 && clusters < 65525
+	if wide {
+		right = rootEntries == 0 && clusters > 0
+	}
+	if !right || clusters > maxClusters || (clusters+2)*width > perFAT*sector {
 		return nil, bad("ESP: %d clusters, expected a FAT16 or FAT32 of at most %d", clusters, maxClusters)
 	}
 	f := &fat{r: r, data: start * sector, cluster: perCluster * sector, clusters: uint32(clusters)}
@@ -93,7 +99,7 @@ func (f *fat) chain(first uint32, max int64) ([]byte, error) {
 		if c < 2 || c >= f.clusters+2 || n == f.clusters {
 			return nil, bad("ESP: a chain of clusters leads to %d of %d", c, f.clusters)
 		}
-		if int64(len(out))+f.cluster > max+f.cluster {
+		if int64(len(out)) > max {
 			return nil, bad("ESP: a chain of clusters holds more than %d bytes", max)
 		}
 		at := len(out)

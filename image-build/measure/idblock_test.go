@@ -30,7 +30,14 @@ func verifies(key, data, sig []byte) bool {
 	if binary.LittleEndian.Uint32(key) != abi.EccP384 {
 		return false
 	}
-	pub := &ecdsa.PublicKey{Curve: elliptic.P384(), X: abi.AmdBigInt(key[4 : 4+72]), Y: abi.AmdBigInt(key[4+72 : 4+144])}
+	point := []byte{4} // uncompressed, SEC 1
+	for _, c := range [][]byte{key[4 : 4+72], key[4+72 : 4+144]} {
+		point = append(point, abi.AmdBigInt(c).FillBytes(make([]byte, 48))...)
+	}
+	pub, err := ecdsa.ParseUncompressedPublicKey(elliptic.P384(), point)
+	if err != nil {
+		return false
+	}
 	digest := sha512.Sum384(data)
 	return ecdsa.Verify(pub, digest[:], abi.AmdBigInt(sig[:72]), abi.AmdBigInt(sig[72:144]))
 }
