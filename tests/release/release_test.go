@@ -49,16 +49,31 @@ func released(t *testing.T) (programs []string) {
 	return programs
 }
 
-// build builds programs of the tree with their symbols.
-func build(t *testing.T, programs ...string) (dir string) {
+// bin is where the programs are, built once for all tests.
+var bin string
+
+func TestMain(m *testing.M) {
+	var err error
+	if bin, err = os.MkdirTemp("", "release"); err != nil {
+		panic(err)
+	}
+	status := m.Run()
+	_ = os.RemoveAll(bin)
+	os.Exit(status)
+}
+
+// build builds the released programs, and the fake beside them, with their
+// symbols.
+func build(t *testing.T) {
 	t.Helper()
-	dir = t.TempDir()
-	args := []string{"build", "-ldflags", "-X main.version=test", "-o", dir + "/"}
-	for _, p := range programs {
+	if _, err := os.Stat(filepath.Join(bin, "fake")); err == nil {
+		return
+	}
+	args := []string{"build", "-ldflags", "-X main.version=test", "-o", bin + "/"}
+	for _, p := range append(released(t), "tests/release/testdata/fake") {
 		args = append(args, "./"+p)
 	}
 	command(t, "go", args...)
-	return dir
 }
 
 func command(t *testing.T, name string, args ...string) string {
@@ -136,8 +151,8 @@ func fakes(names []string) (found []string) {
 // sample evidence is in a program as it is released.
 func TestLesson03_NoFakeInARelease(t *testing.T) {
 	programs := released(t)
-	dir := build(t, append(programs, "tests/release/testdata/fake")...)
-	if found := fakes(symbols(t, filepath.Join(dir, "fake"))); !slices.Contains(found, module+"/policy/appraisal/snptest") ||
+	build(t)
+	if found := fakes(symbols(t, filepath.Join(bin, "fake"))); !slices.Contains(found, module+"/policy/appraisal/snptest") ||
 		!slices.Contains(found, "github.com/google/go-sev-guest/testing") {
 		t.Fatalf("the fake was not recognised: %v", found)
 	}
@@ -153,7 +168,7 @@ func TestLesson03_NoFakeInARelease(t *testing.T) {
 					t.Errorf("it depends on %s", dep)
 				}
 			}
-			names := symbols(t, filepath.Join(dir, name))
+			names := symbols(t, filepath.Join(bin, name))
 			if len(names) < 1000 {
 				t.Fatalf("only %d symbols: is it stripped?", len(names))
 			}
@@ -186,7 +201,7 @@ func TestLesson03_NoFakeInARelease(t *testing.T) {
 // Lesson 4: a released agent on a machine without a TEE and without a TPM
 // launches nothing: it says that nothing can be attested, and asks no broker.
 func TestLesson04_NoDeviceFailsClosed(t *testing.T) {
-	dir := build(t, "agent/cmd/cvm-agent")
+	build(t)
 	signer := dssetest.New(t, "ecdsa")
 	p := &policy.Policy{
 		APIVersion: policy.APIVersion, Name: "shop", Version: 1, Expires: time.Now().Add(time.Hour).UTC().Format(time.RFC3339),
@@ -221,7 +236,7 @@ controlSocket: %[1]s/control.sock
 socketGroup: root
 sbomProgram: %[1]s/cvm-sbom
 `, work, signer.Fingerprint, tpm))
-				status, last := runWithoutDevices(t, filepath.Join(dir, "cvm-agent"), "run", "--config", filepath.Join(work, "agent.yaml"))
+				status, last := runWithoutDevices(t, filepath.Join(bin, "cvm-agent"), "run", "--config", filepath.Join(work, "agent.yaml"))
 				if status != 10 && status != 20 {
 					t.Errorf("exit status %d: %s", status, last)
 				}
@@ -231,6 +246,44 @@ sbomProgram: %[1]s/cvm-sbom
 				}
 			})
 		}
+	}
+}
+
+// Lesson 24: a released cvmctl says the same of recorded evidence where there
+// is no network at all, not even loopback, as where there is one.
+func TestLesson24_EvidenceWithoutANetwork(t *testing.T) {
+	build(t)
+	vectors, err := filepath.Abs(filepath.Join(root, "image-build/verifycmd/testdata/vectors"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]struct {
+		args []string
+		last string
+	}{
+		"SNP, accepted":            {[]string{"--format", "snp", "--in", "snp-report-v2.bin", "--certs", "snp-report-v2-vcek.der", "--allow-missing", "revocation"}, "accepted"},
+		"SNP, lists missing":       {[]string{"--format", "snp", "--in", "snp-report-v2.bin", "--certs", "snp-report-v2-vcek.der"}, "refused: collateral is missing"},
+		"SNP, certificate missing": {[]string{"--format", "snp", "--in", "snp-report-v2.bin"}, "refused: the report's certificate is missing"},
+		"Azure, accepted":          {[]string{"--format", "kbs", "--tee", "az-snp-vtpm", "--in", "trustee-az-snp-vtpm-evidence-v2.json", "--allow-missing", "revocation"}, "accepted"},
+		"TDX, collateral missing":  {[]string{"--format", "tdx", "--in", "tdx-quote-v4.bin"}, "refused: collateral is missing"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			var said []string
+			for _, with := range [][]string{nil, {"unshare", "--net"}} {
+				argv := append(append(with, filepath.Join(bin, "cvmctl"), "verify", "evidence", "--time", "2026-06-01T00:00:00Z"), c.args...)
+				cmd := exec.Command(argv[0], argv[1:]...)
+				cmd.Dir = vectors
+				out, _ := cmd.Output() // the exit status is the last line's
+				lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+				if last := lines[len(lines)-1]; !strings.HasPrefix(last, c.last) || (last == "accepted") != (cmd.ProcessState.ExitCode() == 0) {
+					t.Errorf("%q and exit status %d, expected %q", last, cmd.ProcessState.ExitCode(), c.last)
+				}
+				said = append(said, string(out))
+			}
+			if said[0] != said[1] {
+				t.Errorf("with a network:\n%s\nwithout:\n%s", said[0], said[1])
+			}
+		})
 	}
 }
 
