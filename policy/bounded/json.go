@@ -456,6 +456,9 @@ type keySet struct {
 
 func (s *keySet) add(k string) bool {
 	if s.many == nil {
+		if s.few == nil {
+			s.few = make([]string, 0, 8)
+		}
 		for _, have := range s.few {
 			if have == k {
 				return false

@@ -216,12 +216,13 @@ func DecodeChallenge(data []byte) (*Challenge, error) {
 	return &c, nil
 }
 
-// DecodeAttestRequest reads the body of POST attest.
+// DecodeAttestRequest reads the body of POST attest. The primary evidence that
+// it returns is part of data.
 func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 	var r AttestRequest
 	// The primary evidence is most of the body, and its verifier's to decode. It
 	// is bounded and checked with the rest, then set aside: a decoder would scan
-	// it twice more only to copy it.
+	// it once more only to copy it.
 	from, to, err := bounded.FindJSON(data, limits, "tee-evidence", "primary_evidence")
 	if err != nil {
 		return nil, fmt.Errorf("attest request: %w", err)
@@ -234,7 +235,7 @@ func DecodeAttestRequest(data []byte) (*AttestRequest, error) {
 		return nil, fmt.Errorf("attest request: %w", err)
 	}
 	if to > from {
-		r.TEEEvidence.PrimaryEvidence = bytes.Clone(data[from:to])
+		r.TEEEvidence.PrimaryEvidence = data[from:to:to]
 	}
 	if r.InitData != nil && r.InitData.Format != "toml" {
 		return nil, fmt.Errorf("attest request: init-data.format is %q, expected \"toml\"", clip(r.InitData.Format))
