@@ -178,6 +178,10 @@ func (s *Server) evidenceBody(w http.ResponseWriter, r *http.Request) (b []byte,
 	return append(head, rest...), done, nil
 }
 
+// factsSize is about what a session keeps beside the text of its init-data and
+// additional evidence. The primary evidence, which is larger, is not kept.
+const factsSize = 4 << 10
+
 // judgeEvidence appraises one attestation request and, when it is accepted,
 // leaves facts, key and token in the session. The caller holds n.mu.
 func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
@@ -232,7 +236,7 @@ func (s *Server) judgeEvidence(n *session, b []byte, rec *audit.Record) error {
 	if l := a.Facts.Launch; l != nil {
 		l.Initdata.Raw = nil // its digest is known; the entries are what rules look at
 	}
-	n.facts, n.key, n.instance, n.size = a.Facts, req.RuntimeData.TEEPubKey, inst, len(b)
+	n.facts, n.key, n.instance, n.size = a.Facts, req.RuntimeData.TEEPubKey, inst, factsSize+len(in.InitData)+len(in.Additional)
 	token, err := s.issuer.issue(n, reportData, claims, s.now())
 	if err != nil {
 		return fmt.Errorf("token: %w", err)

@@ -18,7 +18,7 @@ import (
 // SessionLife is how long a session and its token live.
 const SessionLife = 5 * time.Minute
 
-// maxHeld bounds the evidence behind all attested sessions together, in bytes:
+// maxHeld bounds what all attested sessions keep together, in bytes:
 // any genuine TPM can have 2 MiB of initdata, ten thousand times.
 const maxHeld = 256 << 20
 
@@ -39,7 +39,7 @@ type session struct {
 	key      kbs.TEEPubKey
 	facts    appraisal.Facts
 	instance Instance
-	size     int // bytes of the evidence whose facts are kept
+	size     int // about the bytes that its facts keep
 
 	inMemory
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// softhsm makes a SoftHSM token and returns a configuration for it.
-func softhsm(t *testing.T) Config {
+// SoftHSM makes a SoftHSM token and returns a configuration for it.
+func SoftHSM(t *testing.T) Config {
 	t.Helper()
 	const module = "/usr/lib/softhsm/libsofthsm2.so"
 	dir := t.TempDir()
@@ -48,7 +48,7 @@ func dataKey(t *testing.T, c Config, kept []byte) ([]byte, []byte) {
 }
 
 func TestToken(t *testing.T) {
-	c := softhsm(t)
+	c := SoftHSM(t)
 	if _, err := c.Open(""); err == nil || !strings.Contains(err.Error(), "0 AES keys") {
 		t.Fatalf("no key yet: %v", err)
 	}
@@ -98,7 +98,7 @@ func TestToken(t *testing.T) {
 }
 
 func TestTokenRefused(t *testing.T) {
-	c := softhsm(t)
+	c := SoftHSM(t)
 	if err := CreateTokenKey(c, ""); err != nil {
 		t.Fatal(err)
 	}
