@@ -42,13 +42,13 @@ var TDXAssumptions = []string{
 
 // TDXUnproven is what no recorded launch was compared with.
 var TDXUnproven = []string{
-	"mrtd and the TD HOB in rtmr0: no recorded launch came with its firmware and the size of its memory",
-	"the ACPI data in rtmr0, the kernel in rtmr1, command line and initrd in rtmr2: the recorded log came without them",
-	"rtmr1 and rtmr2 of a UKI: there is no recorded launch of one",
+	"mrtd: no recorded launch came with its firmware; vendor kernels that extend after all pages of a section are added give another",
+	"rtmr0: the TD HOB of 2.75 GiB of memory and more, and the ACPI data",
+	"rtmr1 and rtmr2: the kernel, command line and initrd, since the recorded log came without them; a UKI, since there is no recorded launch of one",
 }
 
 // TDXProven is what a recorded log agrees with.
-var TDXProven = "order and number of events, an empty 4 MiB image's variable store, Secure Boot variables, boot options, actions and separators agree with the recorded log of an OVMF direct boot (an older edk2: last separator in RTMR0)"
+var TDXProven = "the recorded log of an OVMF direct boot has, digest by digest: the TD HOB (of 2 GiB), an empty 4 MiB image's variable store, Secure Boot variables, boot options, actions and separators, in this order (an older edk2: last separator in RTMR0)"
 
 // TDX predicts MRTD and RTMR 0 to 2.
 func TDX(c TDXConfig) (*TDXMeasurements, error) {

@@ -202,8 +202,21 @@ func TestTDXAgreesWithRecordedLog(t *testing.T) {
 		}
 	}
 	digest := func(b []byte) string { d := sha512.Sum384(b); return hex.EncodeToString(d[:]) }
+	// What of the firmware the hand-off blocks depend on: OVMF's memory sections
+	// before 2025 (edk2, OvmfPkg/OvmfPkgX64.fdf). With them, and 2 GiB, the digest
+	// is the recorded one.
+	firmware := &tdvf{sections: []tdvfSection{
+		{kind: tdvfTempMem, address: 0x810000, size: 0x10000},
+		{kind: tdvfTempMem, address: 0x80b000, size: 0x2000},
+		{kind: tdvfHOB, address: 0x809000, size: 0x2000},
+		{kind: tdvfTempMem, address: 0x800000, size: 0x6000},
+	}}
+	hob, err := firmware.tdHOB(2 << 30)
+	if err != nil {
+		t.Fatal(err)
+	}
 	const unknown = ""
-	rtmr0 := []string{unknown, digest(emptyVariables(t))}
+	rtmr0 := []string{digest(hob), digest(emptyVariables(t))}
 	for _, v := range secureBootVariables() {
 		rtmr0 = append(rtmr0, digest(v))
 	}
