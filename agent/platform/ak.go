@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -282,7 +283,9 @@ func (p *TPM) akCertificate(key []byte) ([]byte, error) {
 		if !found {
 			return nil, cause.New(cause.EvidenceFailed, "the TPM holds no AK certificate (NV %#x)", uint32(index))
 		}
-		der = bytes.TrimRight(der, "\xff")
+		if der, err = withoutPadding(der); err != nil {
+			return nil, cause.New(cause.EvidenceFailed, "NV %#x: %w", uint32(index), err)
+		}
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
@@ -292,6 +295,20 @@ func (p *TPM) akCertificate(key []byte) ([]byte, error) {
 		return nil, cause.New(cause.EvidenceFailed, "the AK certificate is of another key than this TPM's AK")
 	}
 	return der, nil
+}
+
+// withoutPadding cuts a DER value out of an NV index that is larger: DER has one
+// end, whatever its last byte is.
+func withoutPadding(data []byte) ([]byte, error) {
+	var value asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &value)
+	if err != nil {
+		return nil, fmt.Errorf("no DER: %w", err)
+	}
+	if len(bytes.Trim(rest, "\x00\xff")) > 0 {
+		return nil, errors.New("data after the certificate's end")
+	}
+	return value.FullBytes, nil
 }
 
 // readCertificate reads one certificate, PEM or DER.

@@ -330,3 +330,18 @@ func TestAzureOptionsAreChecked(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDERWithoutPadding(t *testing.T) {
+	der := []byte{0x30, 0x03, 0x02, 0x01, 0xff} // its own last byte looks like padding
+	for name, c := range map[string]struct {
+		data []byte
+		ok   bool
+	}{
+		"as it is": {der, true}, "padded with ones": {append(bytes.Clone(der), 0xff, 0xff), true}, "padded with zeros": {append(bytes.Clone(der), 0, 0), true},
+		"with more": {append(bytes.Clone(der), 0xff, 7), false}, "cut off": {der[:4], false}, "padding alone": {[]byte{0xff, 0xff}, false}, "nothing": {nil, false},
+	} {
+		if got, err := withoutPadding(c.data); (err == nil) != c.ok || (c.ok && !bytes.Equal(got, der)) {
+			t.Errorf("%s gave %x, %v", name, got, err)
+		}
+	}
+}

@@ -10,8 +10,12 @@ import (
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 )
 
-// maxCCEL bounds a CC event log, in bytes.
-const maxCCEL = 512 << 10
+// Bounds of a CC event log, in bytes: as it is sent, and with the padding that
+// fills the firmware's area.
+const (
+	maxCCEL     = 512 << 10
+	maxCCELArea = 4 << 20
+)
 
 // Values of a crypto-agile log (TCG PC Client Platform Firmware Profile 1.06,
 // sections 10.2 and 10.4; UEFI 2.10, section 38.4.1 for the register numbers).
@@ -68,18 +72,17 @@ func extendRTMR(r *[48]byte, digest []byte) {
 
 // walkCCEL goes through a log, calls extend for each SHA-384 digest that was
 // extended, and returns where the padding begins. Every length is checked
-// against what is left.
+// against what is left, and the events end within maxCCEL.
 func walkCCEL(log []byte, extend func(register uint32, digest []byte)) (end int, err error) {
-	if len(log) > maxCCEL {
-		return 0, fmt.Errorf("CC event log of %d bytes, at most %d are read", len(log), maxCCEL)
-	}
 	r := reader{data: log}
 	sizes, err := specID(&r)
 	if err != nil {
 		return 0, err
 	}
 	for {
-		end = r.at
+		if end = r.at; end > maxCCEL {
+			return 0, fmt.Errorf("CC event log of more than %d bytes", maxCCEL)
+		}
 		if len(r.data) == r.at {
 			return end, nil
 		}

@@ -260,19 +260,13 @@ func TestACCEventLogThatDoesNotReplayIsLeftOut(t *testing.T) {
 		"empty":              {},
 		"not a log":          []byte("not a log"),
 		"of half an event":   good[:len(good)-303],
-		"larger than can be": make([]byte, 1<<20),
+		"larger than can be": make([]byte, 5<<20),
 	} {
 		t.Run(name, func(t *testing.T) {
 			guest, in := td(t, host)
 			guest.Files.Set(platformtest.CCEL, log)
 			a := choose(t, guest.ByTSM(), platform.Options{}, tdx, 0)
 			reg := openLog(t, t.TempDir(), a.Register())
-			if len(log) > 512<<10 {
-				if _, err := a.Evidence(context.Background(), [48]byte{}, nil); cause.Of(err) != cause.EvidenceFailed {
-					t.Errorf("got %v", err)
-				}
-				return
-			}
 			for _, dialect := range []string{kbs.Dialect, kbs.DialectKBS} {
 				s := session(t, a, dialect, reg.Bytes(), in.Raw)
 				if !bytes.Contains(s.Primary, []byte(`"cc_eventlog":null`)) {

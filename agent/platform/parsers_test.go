@@ -218,3 +218,29 @@ func TestInstanceKeyIsMadeOnce(t *testing.T) {
 		}
 	}
 }
+
+// An area of the firmware's may be larger than any log in it; a log may not.
+func TestCCELAreaAndLog(t *testing.T) {
+	firmware, err := os.ReadFile("testdata/ccel-ovmf.bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	area := append(bytes.Clone(firmware), bytes.Repeat([]byte{0xff}, 2<<20)...)
+	log, _, err := appendCCEL(area, nil)
+	if err != nil || !bytes.HasPrefix(firmware, log) {
+		t.Errorf("%d bytes, %v", len(log), err)
+	}
+	long := bytes.Clone(log)
+	for len(long) <= maxCCEL {
+		long = binary.LittleEndian.AppendUint32(long, 1)
+		long = binary.LittleEndian.AppendUint32(long, evEventTag)
+		long = binary.LittleEndian.AppendUint32(long, 1)
+		long = binary.LittleEndian.AppendUint16(long, algSHA384)
+		long = append(long, make([]byte, 48)...)
+		long = binary.LittleEndian.AppendUint32(long, 1<<16)
+		long = append(long, make([]byte, 1<<16)...)
+	}
+	if _, _, err := appendCCEL(long, nil); err == nil {
+		t.Errorf("a log of %d bytes was taken", len(long))
+	}
+}

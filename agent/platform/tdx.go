@@ -15,6 +15,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -166,9 +167,9 @@ func (t *TDX) withDevice(do func(tdx.Device) error) (err error) {
 // log is the CC event log followed by events; nil when there is none or it does
 // not replay to the RTMRs that the CPU holds now. mu is held.
 func (t *TDX) log(ctx context.Context, events []byte) ([]byte, error) {
-	raw, err := t.h.Files.Read(pathCCEL, maxCCEL)
+	raw, err := t.h.Files.Read(pathCCEL, maxCCELArea)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, bounded.ErrTooLarge):
 		return nil, nil
 	case err != nil:
 		return nil, cause.New(cause.EvidenceFailed, "read the CC event log: %w", err)

@@ -21,6 +21,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/agent/platform"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/snptest"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/tdxtest"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 )
 
 // Paths that the real kernel has.
@@ -71,7 +72,7 @@ func (f *Files) Read(path string, max int64) ([]byte, error) {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
 	}
 	if int64(len(data)) > max {
-		return nil, fmt.Errorf("%s has more than %d bytes", path, max)
+		return nil, fmt.Errorf("%s has more than %d bytes: %w", path, max, bounded.ErrTooLarge)
 	}
 	return append([]byte(nil), data...), nil
 }
