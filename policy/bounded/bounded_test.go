@@ -3,6 +3,7 @@ package bounded
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -253,6 +254,24 @@ func TestFindJSON(t *testing.T) {
 	for _, text := range []string{`{"a":{"b":1,"b":2}}`, `{"a":{"b":1}}x`, `{"a":{"b":1}`, `{"a":{"b":1},"c":"\ud800"}`} {
 		if from, to, err := FindJSON([]byte(text), Limits{}, "a", "b"); err == nil || from != 0 || to != 0 {
 			t.Errorf("%s: %d to %d, %v", text, from, to, err)
+		}
+	}
+}
+
+func TestDuplicateKeysInObjectsOfAnySize(t *testing.T) {
+	for n := 1; n < 40; n++ {
+		var keys []string
+		for i := range n {
+			keys = append(keys, fmt.Sprintf(`"k%d":0`, i))
+		}
+		text := "{" + strings.Join(keys, ",")
+		if err := CheckJSON([]byte(text+"}"), Limits{}); err != nil {
+			t.Errorf("%d members: %v", n, err)
+		}
+		for i := range n {
+			if err := CheckJSON(fmt.Appendf(nil, `%s,"k%d":1}`, text, i), Limits{}); !errors.Is(err, ErrDuplicateKey) {
+				t.Errorf("member %d of %d twice: %v", i, n, err)
+			}
 		}
 	}
 }

@@ -448,29 +448,29 @@ func unit(hex []byte) uint64 {
 	return n
 }
 
-// keySet is a set that stays off the heap's map for the usual small object.
+// keySet is a set that stays off the heap for the usual small object.
 type keySet struct {
-	few  []string
+	few  [8]string
+	n    int
 	many map[string]struct{}
 }
 
 func (s *keySet) add(k string) bool {
 	if s.many == nil {
-		if s.few == nil {
-			s.few = make([]string, 0, 8)
-		}
-		for _, have := range s.few {
+		for _, have := range s.few[:s.n] {
 			if have == k {
 				return false
 			}
 		}
-		if s.few = append(s.few, k); len(s.few) > 16 {
-			s.many = make(map[string]struct{}, 64)
-			for _, have := range s.few {
-				s.many[have] = struct{}{}
-			}
+		if s.n < len(s.few) {
+			s.few[s.n] = k
+			s.n++
+			return true
 		}
-		return true
+		s.many = make(map[string]struct{}, 64)
+		for _, have := range s.few {
+			s.many[have] = struct{}{}
+		}
 	}
 	if _, dup := s.many[k]; dup {
 		return false
