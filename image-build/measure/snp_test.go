@@ -7,8 +7,7 @@ import (
 	"testing"
 )
 
-// The digests of issue's vectors are virtee/sev-snp-measure's own, see
-// testdata/README.md.
+// Where the digests here come from: testdata/README.md.
 const suffixDigest = "086e2e9149ebf45abdc3445fba5b2da8270bdbb04094d7a2c37faaa4b24af3aa16aff8c374c2a55c467a50da6d466b74"
 
 func suffix(t testing.TB) []byte {
