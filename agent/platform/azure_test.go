@@ -26,6 +26,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/snptest"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/tdxtest"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -236,7 +237,7 @@ func TestAzureSNPEvidenceIsAccepted(t *testing.T) {
 	}
 }
 
-func TestAzureTDXEvidence(t *testing.T) {
+func TestAzureTDXEvidenceIsAccepted(t *testing.T) {
 	ctx := context.Background()
 	p, _ := azureTPM(t, hclTDX)
 	a, err := openAzure(ctx, p, AzureOptions{})
@@ -246,6 +247,7 @@ func TestAzureTDXEvidence(t *testing.T) {
 	if _, err := a.Evidence(ctx, [48]byte{1}, nil); cause.Of(err) != cause.EvidenceFailed || !strings.Contains(err.Error(), "azure.thim") {
 		t.Errorf("nothing configured, and %v", err)
 	}
+	host := tdxtest.New(t, tdxtest.Config{})
 	var asked []byte
 	thim := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var q struct{ Report string }
@@ -253,17 +255,31 @@ func TestAzureTDXEvidence(t *testing.T) {
 			t.Errorf("%s %s: %v", r.Method, r.URL.Path, err)
 		}
 		asked, _ = base64.RawURLEncoding.DecodeString(q.Report)
-		_, _ = io.WriteString(w, `{"quote":"`+base64.URLEncoding.EncodeToString([]byte("a quote!"))+`"}`)
+		if len(asked) != tdReportSize {
+			t.Errorf("a TDREPORT of %d bytes", len(asked))
+			return
+		}
+		quote := host.Quote(t, tdxtest.Report{ReportData: [64]byte(asked[tdReportData:])})
+		_, _ = io.WriteString(w, `{"quote":"`+base64.URLEncoding.EncodeToString(quote)+`"}`)
 	}))
 	defer thim.Close()
 	a.options.THIM = thim.URL
-	raw, err := a.Evidence(ctx, [48]byte{2}, nil)
+	rd := [48]byte{2}
+	raw, err := a.Evidence(ctx, rd, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ev, err := kbs.DecodeAzureEvidence("az-tdx-vtpm", raw)
-	if err != nil || string(ev.TDQuote) != "a quote!" || !bytes.Equal(asked, ev.HCLReport[hclHardware:hclHardware+tdReportSize]) {
-		t.Errorf("quote %q, %v: the host was asked for another report than the evidence has", ev.TDQuote, err)
+	if err != nil || !bytes.Equal(asked, ev.HCLReport[hclHardware:hclHardware+tdReportSize]) {
+		t.Errorf("the host was asked for another report than the evidence has: %v", err)
+	}
+	v := &appraisal.AzureTDX{TDX: &appraisal.TDX{Roots: host.Roots(), Collateral: host.Source(t)}}
+	got, err := v.Appraise(appraisal.Input{Dialect: kbs.DialectKBS, Primary: raw, ReportData: rd, Time: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := got.Verdict.Refusal(); err != nil || !strings.HasPrefix(got.Facts.Identity, "az-ak:") {
+		t.Errorf("%+v, refused: %v", got.Facts, err)
 	}
 }
 
