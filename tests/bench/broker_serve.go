@@ -62,6 +62,7 @@ func serve(args []string, in io.Reader, out io.Writer) (err error) {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	broker.CollectSeldom()
 	config, err := broker.LoadConfig(filepath.Join(o.dir, broker.FileConfig))
 	if err != nil {
 		return err
