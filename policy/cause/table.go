@@ -26,6 +26,18 @@ const (
 	LaunchUnbound          Code = "launch-binding-missing"
 	PlatformNotAllowed     Code = "platform-not-allowed"
 
+	// early stage
+	EarlyFailed     Code = "early-failed"
+	CmdlineChanged  Code = "cmdline-changed"
+	SMBIOSRefused   Code = "smbios-refused"
+	RegisterNotZero Code = "register-not-zero"
+	SeedMissing     Code = "seed-missing"
+	SeedAmbiguous   Code = "seed-ambiguous"
+	SeedMalformed   Code = "seed-malformed"
+	SeedRefused     Code = "seed-refused"
+	VerityFailed    Code = "verity-failed"
+	ScratchFailed   Code = "scratch-failed"
+
 	// event log and register
 	EventLogDiverged Code = "eventlog-diverged"
 	EventLogWrite    Code = "eventlog-write-failed"
@@ -135,6 +147,17 @@ var Table = []Row{
 	{LaunchBinding, ExitRefused, "the launch-bound register does not match the initdata"},
 	{LaunchUnbound, ExitRefused, "the launch-bound register is zero"},
 	{PlatformNotAllowed, ExitRefused, "this platform is not in the policy's list"},
+
+	{EarlyFailed, ExitInternal, "the early stage cannot mount, load a module or hand over"},
+	{CmdlineChanged, ExitRefused, "the kernel's command line is not the one that the image was built with"},
+	{SMBIOSRefused, ExitRefused, "the host's SMBIOS tables name a seed, a credential or a command line"},
+	{RegisterNotZero, ExitRefused, "something measured into a register before the early stage"},
+	{SeedMissing, ExitRefused, "there is no seed disk"},
+	{SeedAmbiguous, ExitRefused, "there is more than one seed disk"},
+	{SeedMalformed, ExitMalformed, "the seed disk, or a file of it, cannot be decoded"},
+	{SeedRefused, ExitRefused, "the seed has a key or a value that is not on the allow-list"},
+	{VerityFailed, ExitRefused, "the root's partitions are not there, or not what the root hash says"},
+	{ScratchFailed, ExitStorage, "the scratch storage cannot be made"},
 
 	{EventLogDiverged, ExitRefused, "the event log does not replay to the register"},
 	{EventLogWrite, ExitStorage, "the event log cannot be written"},

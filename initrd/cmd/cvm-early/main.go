@@ -1,8 +1,10 @@
 // cvm-early is the early stage of a confidential VM: it binds what the host
-// handed over to the launch before anything else reads it.
+// handed over to the launch before anything else reads it. As process 1 of the
+// initrd it does all that package boot lists and becomes the guest's init; on a
+// plain host "measure" does the binding alone.
 //
 // It links neither podman nor cosign, takes nothing from the environment, and
-// every failure is final: the caller (the initrd) does not go on.
+// every failure is final.
 package main
 
 import (
@@ -17,6 +19,8 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/platform"
+	"github.com/cc-runtime/cvm-agent/initrd/binding"
+	"github.com/cc-runtime/cvm-agent/initrd/boot"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -39,11 +43,12 @@ fails. Exit status: 0 done, 2 usage, 10 refused, 20 the TPM does not answer,
 30 the initdata cannot be decoded.
 `
 
-// mustBeZero are the registers that nothing may have touched: 8 and 14 are
-// ours, 12 and 13 show a changed command line and foreign system extensions.
-var mustBeZero = []int{platform.PCRLaunch, 12, 13, platform.PCREvents}
-
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	if os.Getpid() == 1 {
+		boot.Init(version) // does not return
+	}
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
 
 func run(args []string, out, errOut io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -102,68 +107,20 @@ func measure(ctx context.Context, h platform.Hardware, path, spec string, out io
 	if err != nil {
 		return err
 	}
-	guest, err := platform.Open(ctx, h, platform.Options{})
+	launch, err := binding.Open(ctx, h, spec)
 	if err != nil {
 		return err
 	}
-	tee, err := guest.TEE()
+	defer func() { _ = launch.Close() }()
+	if err := launch.CheckFresh(ctx); err != nil {
+		return err
+	}
+	bound, err := launch.Bind(ctx, initdata)
 	if err != nil {
 		return err
 	}
-	if tee != nil {
-		if err := tee.CheckLaunch(ctx, initdata); err != nil {
-			return err
-		}
-		fmt.Fprintf(out, "%s launch is bound to %x\n", tee.TEE(), initdata.Digest())
-		return nil
-	}
-	if spec == "" {
-		return cause.New(cause.Usage, "measure takes --tpm SPEC where there is no SEV-SNP or TDX device")
-	}
-	return extend(ctx, initdata, spec, out)
-}
-
-// extend extends PCR 8, the first to measure anything of ours.
-func extend(ctx context.Context, initdata *policy.Initdata, spec string, out io.Writer) error {
-	if initdata.Algorithm != "sha256" {
-		return cause.New(cause.InitdataMalformed, "initdata algorithm %q: PCR 8 takes sha256", initdata.Algorithm)
-	}
-	tpm, err := platform.OpenTPM(spec)
-	if err != nil {
-		return err
-	}
-	defer tpm.Close()
-	values, err := tpm.ReadPCRs(ctx, mustBeZero...)
-	if err != nil {
-		return err
-	}
-	for _, i := range mustBeZero {
-		if !allZero(values[i]) {
-			return cause.New(cause.LaunchBinding, "PCR %d is %x before the measurement, expected zero: something else measured into it, or this boot is measured already", i, values[i])
-		}
-	}
-	if err := tpm.ExtendPCR(ctx, platform.PCRLaunch, initdata.Digest()); err != nil {
-		return err
-	}
-	// Read back: an extend that did not happen must not be found out later.
-	values, err = tpm.ReadPCRs(ctx, platform.PCRLaunch)
-	if err != nil {
-		return err
-	}
-	if err := policy.CheckBindingPCR8(initdata, values[platform.PCRLaunch]); err != nil {
-		return err
-	}
-	fmt.Fprintf(out, "PCR 8 %x\n", values[platform.PCRLaunch])
+	fmt.Fprintln(out, bound)
 	return nil
-}
-
-func allZero(b []byte) bool {
-	for _, v := range b {
-		if v != 0 {
-			return false
-		}
-	}
-	return len(b) > 0
 }
 
 // version is set by the build.
