@@ -3,7 +3,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help deps build broker-pkcs11 test race lint fuzz bench demo clean
+.PHONY: help deps build broker-pkcs11 test race lint fuzz bench demo clean \
+	image image-debug image-repro image-lock
 
 # Static binaries without cgo. The tags are the same everywhere, so that builds,
 # tests and the linter share one cache: an OpenPGP without gpgme, podman's
@@ -81,6 +82,28 @@ fuzz: ## every fuzz target for FUZZTIME (default 10s)
 bench: deps build ## every measured number beside its bar, in one run
 	@go build -ldflags '-s -w' -o bin/cvm-bench ./tests/bench
 	@$(AS_ROOT) bin/cvm-bench $(BENCHFLAGS)
+
+# SIGNERS=FP,FP THRESHOLD=N FLOOR=N are the policy signers that the image
+# trusts; KERNEL=backports takes the newer kernel that TDX needs.
+IMAGE_SEAL = $(AS_ROOT) image-build/guest/build.sh seal --signers '$(SIGNERS)' --threshold $(or $(THRESHOLD),1) \
+	--version-floor $(or $(FLOOR),1) $(if $(SCRATCH),--scratch $(SCRATCH))
+export KERNEL
+
+image: build ## the guest image into bin/image: SIGNERS=FP,FP [THRESHOLD=N FLOOR=N KERNEL=backports SCRATCH=disk]
+	@sh tests/deps.sh image
+	@$(IMAGE_SEAL) --out bin/image
+
+image-debug: build ## its debug variant, measured as such, into bin/image-debug
+	@sh tests/deps.sh image
+	@$(IMAGE_SEAL) --debug --out bin/image-debug
+
+image-repro: ## builds everything twice, in two directories, and compares bit for bit
+	@sh tests/deps.sh image
+	@VERSION='$(VERSION)' $(AS_ROOT) image-build/guest/repro.sh
+
+image-lock: ## take the mirror's present versions into image-build/guest/packages.lock
+	@sh tests/deps.sh image
+	@image-build/guest/build.sh lock
 
 clean: ## remove bin/
 	rm -rf bin

@@ -8,6 +8,8 @@
 #   tests/deps.sh apt                  the Debian packages alone
 #   tests/deps.sh go                   only check that the Go toolchain will do
 #   tests/deps.sh tools [NAME ...]     the stock tools alone (all, or those named)
+#   tests/deps.sh image                the Debian packages that building the guest image needs
+#   tests/deps.sh vm                   those that booting it needs
 #
 # CVM_TOOLS names the cache, default ~/.cache/cvm-agent/tools; programs go to
 # its bin/. A tool's stamp file carries its version, so a raised pin rebuilds it.
@@ -30,6 +32,11 @@ golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint     v2.15.0
 # broker's storage and KEK are tested against.
 packages='ca-certificates crun curl gcc git iproute2 jq libc6-dev make mmdebstrap
 podman postgresql procps runc skopeo softhsm2 swtpm swtpm-tools uidmap zstd'
+
+# The image's own tools run in a chroot of their own (image-build/guest); these
+# make and fill it. `make test` needs none of them.
+image_packages='ca-certificates curl debian-archive-keyring jq mmdebstrap util-linux uidmap'
+vm_packages='ovmf qemu-system-x86 swtpm swtpm-tools'
 
 say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -102,10 +109,18 @@ all)
 	install_tools
 	;;
 apt) install_packages ;;
+image)
+	packages=$image_packages
+	install_packages
+	;;
+vm)
+	packages="$image_packages $vm_packages"
+	install_packages
+	;;
 go) check_go ;;
 tools)
 	shift
 	install_tools "$@"
 	;;
-*) die "usage: tests/deps.sh [apt | go | tools [NAME ...]]" ;;
+*) die "usage: tests/deps.sh [apt | go | image | vm | tools [NAME ...]]" ;;
 esac
