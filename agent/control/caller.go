@@ -14,11 +14,17 @@ import (
 // Caller and never at a connection, so that a transport without peer
 // credentials can bring other proof.
 type Caller struct {
-	Transport string // "unix"
+	Transport string // one of the constants; of no other are UID and Groups known than of TransportUnix
 	PID       int32
 	UID       uint32
 	Groups    []uint32 // primary and supplementary
 }
+
+// Transports.
+const (
+	TransportUnix   = "unix"
+	TransportSerial = "virtio-serial"
+)
 
 // peer asks the kernel who opened the connection. The answer dates from the
 // connect(2), so a program cannot gain rights by passing its socket on, and
@@ -35,7 +41,7 @@ func peer(conn *net.UnixConn) (Caller, error) {
 		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr != nil {
 			return
 		}
-		caller = Caller{Transport: "unix", PID: cred.Pid, UID: cred.Uid, Groups: append([]uint32{cred.Gid}, peerGroups(fd)...)}
+		caller = Caller{Transport: TransportUnix, PID: cred.Pid, UID: cred.Uid, Groups: append([]uint32{cred.Gid}, peerGroups(fd)...)}
 	})
 	if err == nil {
 		err = credErr
@@ -62,14 +68,26 @@ type Rules struct {
 	Control     policy.Control
 }
 
-// MayRead allows root, the operator group and the uids that the policy names.
+// MayRead allows root, the operator group and the uids that the policy names;
+// on the serial port, which only the host can reach, whoever is there, if the
+// policy opens it.
 func (r Rules) MayRead(c Caller) bool {
-	return r.MayOrder(c) || slices.Contains(r.Control.ReadUIDs, c.UID)
+	switch c.Transport {
+	case TransportUnix:
+		return r.MayOrder(c) || slices.Contains(r.Control.ReadUIDs, c.UID)
+	case TransportSerial:
+		return r.Control.VirtioSerial
+	}
+	return false
 }
 
 // MayOrder allows root, the operator group and the uids that the policy names
-// for orders.
+// for orders. It speaks for the local socket alone: elsewhere an order's
+// signature decides.
 func (r Rules) MayOrder(c Caller) bool {
+	if c.Transport != TransportUnix {
+		return false
+	}
 	if c.UID == 0 {
 		return true
 	}

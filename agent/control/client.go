@@ -14,6 +14,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/order"
 )
 
 // Client asks an agent over its control socket. The zero value is not usable.
@@ -36,20 +37,27 @@ func NewClient(path string) *Client {
 
 // Status returns the agent's status.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
-	resp, err := c.do(ctx, http.MethodGet, "/v1/status", nil)
-	if err != nil {
+	var st Status
+	if err := c.get(ctx, "/v1/status", &st); err != nil {
 		return nil, err
+	}
+	return &st, nil
+}
+
+func (c *Client) get(ctx context.Context, path string, v any) error {
+	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
+	if err != nil {
+		return err
 	}
 	defer resp.Body.Close()
 	data, err := bounded.ReadAll(resp.Body, maxStatus)
 	if err != nil {
-		return nil, err
+		return cause.New(cause.AgentUnavailable, "the agent's answer to %s: %w", path, err)
 	}
-	var st Status
-	if err := json.Unmarshal(data, &st); err != nil {
-		return nil, fmt.Errorf("decode the agent's status: %w", err)
+	if err := json.Unmarshal(data, v); err != nil {
+		return fmt.Errorf("decode the agent's answer to %s: %w", path, err)
 	}
-	return &st, nil
+	return nil
 }
 
 // Events calls each for every recorded event, and with follow for those to
@@ -59,7 +67,7 @@ func (c *Client) Events(ctx context.Context, follow bool, each func(Event) error
 	if follow {
 		path += "?follow=1"
 	}
-	resp, err := c.do(ctx, http.MethodGet, path, nil)
+	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
 	if err != nil {
 		return err
 	}
@@ -80,20 +88,39 @@ func (c *Client) Events(ctx context.Context, follow bool, each func(Event) error
 // Upgrade sends a signed policy (initdata TOML or DSSE envelope) and returns
 // the order's outcome as an error with its cause; each (may be nil) hears of
 // every event meanwhile.
-func (c *Client) Upgrade(ctx context.Context, order []byte, each func(Event)) error {
-	if len(order) > MaxOrder {
-		return cause.New(cause.PolicyTooLarge, "the order has %d bytes, more than %d", len(order), MaxOrder)
+func (c *Client) Upgrade(ctx context.Context, signed []byte, each func(Event)) error {
+	if len(signed) > MaxOrder {
+		return cause.New(cause.PolicyTooLarge, "the order has %d bytes, more than %d", len(signed), MaxOrder)
 	}
-	return c.order(ctx, "/v1/upgrade", order, each)
+	return c.order(ctx, "/v1/upgrade", "", signed, each)
 }
 
 // Destroy orders the instance's end.
 func (c *Client) Destroy(ctx context.Context, each func(Event)) error {
-	return c.order(ctx, "/v1/destroy", nil, each)
+	return c.order(ctx, "/v1/destroy", "", nil, each)
 }
 
-func (c *Client) order(ctx context.Context, path string, body []byte, each func(Event)) error {
-	resp, err := c.do(ctx, http.MethodPost, path, body)
+// Challenge asks for what a signed order has to repeat.
+func (c *Client) Challenge(ctx context.Context) (*order.Challenge, error) {
+	var ch order.Challenge
+	return &ch, c.get(ctx, "/v1/challenge", &ch)
+}
+
+// Signed sends a signed order (package order) to where it says that it goes.
+func (c *Client) Signed(ctx context.Context, document []byte, each func(Event)) error {
+	d, err := order.Parse(document)
+	if err != nil {
+		return err
+	}
+	o, err := d.Peek()
+	if err != nil {
+		return err
+	}
+	return c.order(ctx, "/v1/"+o.Operation, order.PayloadType, document, each)
+}
+
+func (c *Client) order(ctx context.Context, path, mediaType string, body []byte, each func(Event)) error {
+	resp, err := c.do(ctx, http.MethodPost, path, mediaType, body)
 	if err != nil {
 		return err
 	}
@@ -123,10 +150,13 @@ func (c *Client) order(ctx context.Context, path string, body []byte, each func(
 	return cause.New(cause.AgentUnavailable, "the agent went away before the order's outcome was known")
 }
 
-func (c *Client) do(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+func (c *Client) do(ctx context.Context, method, path, mediaType string, body []byte) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://cvm-agent"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
+	}
+	if mediaType != "" {
+		req.Header.Set("Content-Type", mediaType)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {

@@ -52,15 +52,18 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+var discard = slog.New(slog.DiscardHandler)
+
 // agent is a scripted Agent.
 type agent struct {
-	mu      sync.Mutex
-	events  []Event
-	more    chan struct{}
-	rules   Rules
-	order   []byte
-	upgrade func(ctx context.Context) error
-	destroy func(ctx context.Context) error
+	mu       sync.Mutex
+	events   []Event
+	more     chan struct{}
+	rules    Rules
+	identity Identity
+	order    []byte
+	upgrade  func(ctx context.Context) error
+	destroy  func(ctx context.Context) error
 }
 
 func newAgent() *agent { return &agent{more: make(chan struct{}), rules: Rules{OperatorGID: -1}} }
@@ -76,7 +79,12 @@ func (a *agent) emit(phase string) {
 func (a *agent) Status() Status {
 	return Status{State: StateReady, Policy: &Policy{Name: "p", Version: 3}}
 }
-func (a *agent) Rules() Rules { return a.rules }
+func (a *agent) Rules() Rules {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.rules
+}
+func (a *agent) Identity() Identity { return a.identity }
 func (a *agent) Events(after uint64) ([]Event, <-chan struct{}) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -104,7 +112,7 @@ func serve(t *testing.T, a *agent) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- NewServer(a, slog.New(slog.DiscardHandler)).Serve(ctx, l) }()
+	go func() { done <- NewServer(a, discard).Serve(ctx, l) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -237,11 +245,13 @@ func TestRules(t *testing.T) {
 		c           Caller
 		read, order bool
 	}{
-		"root":                               {Caller{UID: 0}, true, true},
-		"a reader":                           {Caller{UID: 1}, true, false},
-		"an orderer":                         {Caller{UID: 2}, true, true},
-		"an operator by supplementary group": {Caller{UID: 9, Groups: []uint32{100, 500}}, true, true},
-		"anybody else":                       {Caller{UID: 9, Groups: []uint32{100}}, false, false},
+		"root":                               {Caller{Transport: TransportUnix, UID: 0}, true, true},
+		"a reader":                           {Caller{Transport: TransportUnix, UID: 1}, true, false},
+		"an orderer":                         {Caller{Transport: TransportUnix, UID: 2}, true, true},
+		"an operator by supplementary group": {Caller{Transport: TransportUnix, UID: 9, Groups: []uint32{100, 500}}, true, true},
+		"the host, on a serial port":         {Caller{Transport: TransportSerial, UID: 0}, false, false},
+		"root on a transport of no name":     {Caller{UID: 0}, false, false},
+		"anybody else":                       {Caller{Transport: TransportUnix, UID: 9, Groups: []uint32{100}}, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if r.MayRead(tc.c) != tc.read || r.MayOrder(tc.c) != tc.order {
@@ -249,7 +259,7 @@ func TestRules(t *testing.T) {
 			}
 		})
 	}
-	if (Rules{OperatorGID: -1}).MayOrder(Caller{UID: 9, Groups: []uint32{0, 4294967295}}) {
+	if (Rules{OperatorGID: -1}).MayOrder(Caller{Transport: TransportUnix, UID: 9, Groups: []uint32{0, 4294967295}}) {
 		t.Error("without an operator group nobody is a member")
 	}
 }

@@ -111,6 +111,8 @@ type conn struct {
 	once   sync.Once
 }
 
+func (c *conn) from() Caller { return c.caller }
+
 func (s *conns) add(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,8 +9,8 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/order"
 )
 
 // Agent is what the interface speaks for. All methods are safe for concurrent
@@ -22,11 +22,20 @@ type Agent interface {
 	Events(after uint64) ([]Event, <-chan struct{})
 	// Rules are those of the policy in force, or the agent's own before it is known.
 	Rules() Rules
+	// Identity is whom a signed order has to name.
+	Identity() Identity
 	// Upgrade and Destroy return when the order's outcome is known. An error
 	// that carries a code of the order's admission (busy, not-ready, …) means
 	// that nothing was begun.
 	Upgrade(ctx context.Context, order []byte) error
 	Destroy(ctx context.Context) error
+}
+
+// Identity names this boot of this instance.
+type Identity struct {
+	Policy     string // name of the policy in force; "" before it is known
+	InstanceID string // the broker's; "" without one
+	BootID     string // the kernel's
 }
 
 // Bounds of the interface.
@@ -41,22 +50,33 @@ const (
 
 // Server serves the interface.
 type Server struct {
-	agent     Agent
-	log       *slog.Logger
-	followers chan struct{}
-	http      *http.Server
+	agent      Agent
+	log        *slog.Logger
+	followers  chan struct{}
+	challenges challenges
+	http       *http.Server
 }
 
 type connKey struct{}
 
+// callerOf says who opened the request's connection.
+func callerOf(r *http.Request) (Caller, bool) {
+	c, ok := r.Context().Value(connKey{}).(interface{ from() Caller })
+	if !ok {
+		return Caller{}, false
+	}
+	return c.from(), true
+}
+
 // NewServer returns a server for agent.
 func NewServer(agent Agent, log *slog.Logger) *Server {
-	s := &Server{agent: agent, log: log, followers: make(chan struct{}, maxFollowers)}
+	s := &Server{agent: agent, log: log, followers: make(chan struct{}, maxFollowers), challenges: challenges{now: time.Now}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.read(s.status))
 	mux.HandleFunc("GET /v1/events", s.read(s.events))
-	mux.HandleFunc("POST /v1/upgrade", s.order("upgrade", s.upgrade))
-	mux.HandleFunc("POST /v1/destroy", s.order("destroy", s.destroy))
+	mux.HandleFunc("GET /v1/challenge", s.read(s.challenge))
+	mux.HandleFunc("POST /v1/upgrade", s.upgrade)
+	mux.HandleFunc("POST /v1/destroy", s.destroy)
 	s.http = &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: headerTimeout,
@@ -84,28 +104,11 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 
 func (s *Server) read(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		c, ok := r.Context().Value(connKey{}).(*conn)
-		if !ok || !s.agent.Rules().MayRead(c.caller) {
-			s.refuse(w, http.StatusForbidden, cause.New(cause.NotPermitted, "this user may not read the agent's status"))
+		caller, ok := callerOf(r)
+		if !ok || !s.agent.Rules().MayRead(caller) {
+			s.refuse(w, http.StatusForbidden, cause.New(cause.NotPermitted, "this caller may not read the agent's status"))
 			return
 		}
-		next(w, r)
-	}
-}
-
-func (s *Server) order(name string, next func(http.ResponseWriter, *http.Request)) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		c, ok := r.Context().Value(connKey{}).(*conn)
-		if !ok || !s.agent.Rules().MayOrder(c.caller) {
-			if ok {
-				s.log.Warn("order refused", "order", name, "uid", c.caller.UID, "pid", c.caller.PID)
-			}
-			s.refuse(w, http.StatusForbidden, cause.New(cause.NotPermitted, "this user may not order %s: only root, the operator group and the policy's users may", name))
-			return
-		}
-		s.log.Info("order received", "order", name, "uid", c.caller.UID, "pid", c.caller.PID)
-		c.setOrder(true)
-		defer c.setOrder(false)
 		next(w, r)
 	}
 }
@@ -156,32 +159,25 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) upgrade(w http.ResponseWriter, r *http.Request) {
-	if r.ContentLength > MaxOrder {
-		s.refuse(w, http.StatusRequestEntityTooLarge, cause.New(cause.PolicyTooLarge, "the order has %d bytes, more than %d", r.ContentLength, MaxOrder))
-		return
-	}
-	body, err := bounded.ReadAll(http.MaxBytesReader(w, r.Body, MaxOrder+1), MaxOrder)
-	if err != nil {
-		if errors.Is(err, bounded.ErrTooLarge) || errors.As(err, new(*http.MaxBytesError)) {
-			s.refuse(w, http.StatusRequestEntityTooLarge, cause.New(cause.PolicyTooLarge, "the order has more than %d bytes", MaxOrder))
-		} else {
-			s.refuse(w, http.StatusBadRequest, cause.New(cause.PolicyMalformed, "the order could not be read"))
-		}
-		return
-	}
-	if len(body) == 0 {
-		s.refuse(w, http.StatusBadRequest, cause.New(cause.PolicyMissing, "the order is empty, expected a signed policy"))
-		return
-	}
-	s.carryOut(w, r, func(ctx context.Context) error { return s.agent.Upgrade(ctx, body) })
+	s.order(w, r, order.Upgrade, s.agent.Upgrade)
 }
 
 func (s *Server) destroy(w http.ResponseWriter, r *http.Request) {
-	if body, err := bounded.ReadAll(http.MaxBytesReader(w, r.Body, 1), 0); err != nil || len(body) > 0 {
-		s.refuse(w, http.StatusBadRequest, cause.New(cause.Usage, "destroy takes no body on this transport"))
+	s.order(w, r, order.Destroy, func(ctx context.Context, _ []byte) error { return s.agent.Destroy(ctx) })
+}
+
+func (s *Server) order(w http.ResponseWriter, r *http.Request, operation string, do func(context.Context, []byte) error) {
+	carried, ok := s.admit(w, r, operation)
+	if !ok {
 		return
 	}
-	s.carryOut(w, r, s.agent.Destroy)
+	caller, _ := callerOf(r)
+	s.log.Info("order received", "order", operation, "transport", caller.Transport, "uid", caller.UID, "pid", caller.PID, "signed", signed(r))
+	if c, ok := r.Context().Value(connKey{}).(*conn); ok {
+		c.setOrder(true)
+		defer c.setOrder(false)
+	}
+	s.carryOut(w, r, func(ctx context.Context) error { return do(ctx, carried) })
 }
 
 // carryOut runs the order to its end, whether the caller stays or not, and
@@ -194,6 +190,12 @@ func (s *Server) carryOut(w http.ResponseWriter, r *http.Request, order func(con
 	done := make(chan error, 1)
 	go func() { done <- order(context.WithoutCancel(r.Context())) }()
 
+	// A caller that left a transport without connections must not keep the next
+	// one waiting for the order's end.
+	var left <-chan struct{}
+	if caller, _ := callerOf(r); caller.Transport != TransportUnix {
+		left = r.Context().Done()
+	}
 	out := newStream(w)
 	out.patient()
 	gone := false // the caller; the order goes on
@@ -206,6 +208,8 @@ func (s *Server) carryOut(w http.ResponseWriter, r *http.Request, order func(con
 		gone = gone || out.flush() != nil
 		select {
 		case <-more:
+		case <-left:
+			return
 		case err := <-done:
 			if admission(err) && !out.begun {
 				s.refuse(w, statusOf(err), err)
@@ -257,6 +261,11 @@ func statusOf(err error) int {
 		return http.StatusConflict
 	case cause.NotReady:
 		return http.StatusServiceUnavailable
+	case cause.OrderMalformed:
+		return http.StatusBadRequest
+	case cause.OrderUnsigned, cause.OrderSignature, cause.OrderOperation, cause.OrderOtherPolicy, cause.OrderOtherInstance,
+		cause.OrderOtherBoot, cause.OrderCarries, cause.OrderExpired, cause.OrderTooLong, cause.OrderChallenge, cause.OrderReplayed:
+		return http.StatusForbidden
 	}
 	return http.StatusUnprocessableEntity
 }

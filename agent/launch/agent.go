@@ -21,12 +21,15 @@ type Agent struct {
 	world   World
 	logger  *slog.Logger
 	version string
+	bootID  string
 	now     func() time.Time
 	rec     *recorder
 	manager manager
 	gid     int64 // of the operator group, -1 when there is none
 
-	retryFirst time.Duration // first wait of a retry
+	retryFirst   time.Duration // first wait of a retry
+	destroyGrace time.Duration
+	destroyAgain time.Duration
 
 	// Set once by the launch, before any order is accepted.
 	initdata []byte
@@ -50,6 +53,7 @@ type Agent struct {
 	health       map[string]string // workload → why it is unhealthy now
 	current      *order
 	lastErr      error
+	stopRun      context.CancelFunc // ends Run
 }
 
 // Options of an Agent.
@@ -58,13 +62,15 @@ type Options struct {
 	World   World
 	Logger  *slog.Logger
 	Version string
+	BootID  string           // the kernel's
 	Now     func() time.Time // default time.Now
 }
 
 // New returns an agent that has done nothing yet.
 func New(o Options) *Agent {
-	a := &Agent{config: o.Config, world: o.World, logger: o.Logger, version: o.Version, now: o.Now,
+	a := &Agent{config: o.Config, world: o.World, logger: o.Logger, version: o.Version, bootID: o.BootID, now: o.Now,
 		manager: systemd{}, gid: control.GroupID(o.Config.SocketGroup), retryFirst: 500 * time.Millisecond,
+		destroyGrace: destroyGrace, destroyAgain: destroyAgain,
 		state: control.StateStarting, health: map[string]string{}}
 	if a.now == nil {
 		a.now = time.Now
@@ -80,14 +86,25 @@ func New(o Options) *Agent {
 func (a *Agent) Run(ctx context.Context, l *net.UnixListener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	served := make(chan error, 1)
-	go func() { served <- control.NewServer(a, a.logger).Serve(ctx, l) }()
+	a.mu.Lock()
+	a.stopRun = cancel
+	a.mu.Unlock()
+	served, serial := make(chan error, 1), make(chan struct{})
+	server := control.NewServer(a, a.logger)
+	go func() { served <- server.Serve(ctx, l) }()
+	go func() {
+		defer close(serial)
+		if path := a.config.ControlSerial; path != "" {
+			server.ServeSerial(ctx, func() (control.Port, error) { return control.OpenPort(path) })
+		}
+	}()
 	go a.watchdog(ctx)
 	defer func() {
 		cancel()
 		if err := <-served; err != nil {
 			a.logger.Error("the control socket", "error", err)
 		}
+		<-serial
 		if a.log != nil {
 			_ = a.log.Close()
 		}
@@ -102,6 +119,7 @@ func (a *Agent) Run(ctx context.Context, l *net.UnixListener) error {
 		a.stayDestroyed(ctx)
 	case err != nil:
 		a.manager.notify("STATUS=" + err.Error())
+		a.dwell(ctx, err)
 		return err
 	}
 	settleMemory()
@@ -119,6 +137,7 @@ func (a *Agent) stayDestroyed(ctx context.Context) {
 	a.notifyState()
 	a.mu.Unlock()
 	a.manager.notify("READY=1")
+	a.endMachine(err)
 }
 
 // becomeReady opens the control socket for orders.
@@ -197,6 +216,20 @@ func (a *Agent) Rules() control.Rules {
 		r.Control = a.shown.policy().Control
 	}
 	return r
+}
+
+// Identity implements control.Agent.
+func (a *Agent) Identity() control.Identity {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	id := control.Identity{BootID: a.bootID}
+	if a.shown != nil {
+		id.Policy = a.shown.policy().Name
+	}
+	if a.claims != nil {
+		id.InstanceID = a.claims.InstanceID
+	}
+	return id
 }
 
 // Events implements control.Agent.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/goccy/go-yaml"
 
@@ -31,11 +32,18 @@ type Config struct {
 	Storage        Storage        `yaml:"storage"`
 	PodmanSocket   string         `yaml:"podmanSocket"`
 	ControlSocket  string         `yaml:"controlSocket"`
-	SocketGroup    string         `yaml:"socketGroup"` // name or number
+	ControlSerial  string         `yaml:"controlSerial"` // virtio-serial port, served only while the policy says so; "": none
+	SocketGroup    string         `yaml:"socketGroup"`   // name or number
 	SBOMProgram    string         `yaml:"sbomProgram"`
 	// RequireBrokerMark says whether a launch needs the broker's signed version
 	// mark. Unset: yes when the policy names a broker of dialect cvm-agent/1.
 	RequireBrokerMark *bool `yaml:"requireBrokerMark"`
+	// PowerOffOnDestroy ends the machine after a destroy. For the image: on a
+	// plain host the machine is not the agent's.
+	PowerOffOnDestroy bool `yaml:"powerOffOnDestroy"`
+	// FailureWait keeps a refused launch answering reads for so long before the
+	// daemon ends, which in the image powers the machine off; at most 10m.
+	FailureWait time.Duration `yaml:"failureWait"`
 }
 
 // Trust says whose policies are accepted.
@@ -64,7 +72,10 @@ type Storage struct {
 	RunRoot   string `yaml:"runRoot"`
 }
 
-const maxConfig = 64 << 10
+const (
+	maxConfig      = 64 << 10
+	maxFailureWait = 10 * time.Minute
+)
 
 var fingerprint = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
@@ -79,6 +90,7 @@ func DefaultConfig() Config {
 		Storage:       Storage{GraphRoot: "/var/lib/containers/storage", RunRoot: "/run/containers/storage"},
 		PodmanSocket:  "/run/podman/podman.sock",
 		ControlSocket: "/run/cvm-agent/control.sock",
+		ControlSerial: "/dev/virtio-ports/org.cvm-agent.control",
 		SocketGroup:   "cvm-operators",
 		SBOMProgram:   "/usr/lib/cvm-agent/cvm-sbom",
 	}
@@ -147,6 +159,12 @@ func (c Config) check() error {
 	}
 	if c.Trust.Threshold < 1 || c.Trust.Threshold > len(c.Trust.Signers) {
 		return cause.New(cause.Config, "trust.threshold is %d, expected 1 to %d", c.Trust.Threshold, len(c.Trust.Signers))
+	}
+	if c.ControlSerial != "" && !filepath.IsAbs(c.ControlSerial) {
+		return cause.New(cause.Config, "controlSerial is %q, expected an absolute path, or nothing", c.ControlSerial)
+	}
+	if w := c.FailureWait; w < 0 || w > maxFailureWait {
+		return cause.New(cause.Config, "failureWait is %s, expected at most %s", w, maxFailureWait)
 	}
 	if c.SocketGroup == "" {
 		return cause.New(cause.Config, "socketGroup is empty")

@@ -98,8 +98,12 @@ func (a *Agent) openPolicy(ctx context.Context, st *step, g *generation) error {
 	return cause.Wrap(cause.StorageFailed, g.images.PruneUncommitted(ctx))
 }
 
-// allow holds the platform against the policy's list.
+// allow holds what there is against what the policy asks for: the ways in, and
+// the platform.
 func (a *Agent) allow(ctx context.Context, g *generation) error {
+	if err := servable(g.policy()); err != nil {
+		return err
+	}
 	name, err := a.platform.Allow(ctx, g.policy())
 	if err != nil {
 		return err

@@ -6,17 +6,32 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/coreos/go-systemd/v22/dbus"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
 )
 
 // manager is the service manager.
-type manager interface{ notify(state string) }
+type manager interface {
+	notify(state string)
+	powerOff(ctx context.Context) error
+}
 
 // systemd is told over NOTIFY_SOCKET; without one nothing happens.
 type systemd struct{}
 
 func (systemd) notify(state string) { _, _ = daemon.SdNotify(false, state) }
+
+// powerOff asks systemd itself, over its private socket: no bus needs to run.
+func (systemd) powerOff(ctx context.Context) error {
+	conn, err := dbus.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = conn.StartUnitContext(ctx, "poweroff.target", "replace-irreversibly", nil)
+	return err
+}
 
 // notice writes each event to the journal and to STATUS=.
 func (a *Agent) notice(e control.Event) {

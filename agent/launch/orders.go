@@ -87,6 +87,7 @@ func (a *Agent) Destroy(ctx context.Context) error {
 	}
 	err := a.destroy(ctx)
 	a.finish(o, err, func() { a.state = control.StateDestroyed })
+	a.endMachine(err)
 	return err
 }
 

@@ -5,8 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
@@ -27,7 +29,11 @@ func Main(ctx context.Context, configFile, version string, logger *slog.Logger) 
 	if err := prepare(c); err != nil {
 		return &PhaseError{Phase: "config", Err: err}
 	}
-	a := New(Options{Config: c, World: real{c, logger, platform.Linux()}, Logger: logger, Version: version})
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return &PhaseError{Phase: "config", Err: cause.New(cause.Internal, "the kernel's boot id: %w", err)}
+	}
+	a := New(Options{Config: c, World: real{c, logger, platform.Linux()}, Logger: logger, Version: version, BootID: strings.TrimSpace(string(boot))})
 	l, err := control.Listen(c.ControlSocket, a.gid)
 	if err != nil {
 		return &PhaseError{Phase: "config", Err: cause.New(cause.Config, "the control socket: %w", err)}

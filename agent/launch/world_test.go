@@ -389,6 +389,8 @@ type quiet struct {
 
 func (q *quiet) notify(s string) { q.mu.Lock(); defer q.mu.Unlock(); q.lines = append(q.lines, s) }
 
+func (q *quiet) powerOff(context.Context) error { q.notify("POWEROFF"); return nil }
+
 func (q *quiet) has(s string) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -409,7 +411,7 @@ func newTestAgent(t *testing.T, w *world, dir string) (*Agent, *quiet) {
 			t.Fatal(err)
 		}
 	}
-	a := New(Options{Config: c, World: w, Logger: slog.New(slog.DiscardHandler), Version: "test"})
+	a := New(Options{Config: c, World: w, Logger: slog.New(slog.DiscardHandler), Version: "test", BootID: "0f1e2d3c-0000-4000-8000-0123456789ab"})
 	q := &quiet{}
 	a.manager, a.retryFirst = q, time.Millisecond
 	return a, q

@@ -105,6 +105,20 @@ const (
 	DeadlineExceeded  Code = "deadline-exceeded"
 	AgentUnavailable  Code = "agent-unavailable"
 
+	// signed orders
+	OrderMalformed     Code = "order-malformed"
+	OrderUnsigned      Code = "order-unsigned"
+	OrderSignature     Code = "order-signature-invalid"
+	OrderOperation     Code = "order-other-operation"
+	OrderOtherPolicy   Code = "order-of-another-policy"
+	OrderOtherInstance Code = "order-of-another-instance"
+	OrderOtherBoot     Code = "order-of-another-boot"
+	OrderCarries       Code = "order-digest-mismatch"
+	OrderExpired       Code = "order-expired"
+	OrderTooLong       Code = "order-expiry-too-far"
+	OrderChallenge     Code = "order-challenge-unknown"
+	OrderReplayed      Code = "order-replayed"
+
 	// the broker's records
 	AuditBroken Code = "audit-log-broken"
 
@@ -219,6 +233,19 @@ var Table = []Row{
 	{DestroyFailed, ExitStorage, "destroy could not remove everything; what remains is named"},
 	{DeadlineExceeded, ExitUnavailable, "a phase did not finish before its deadline"},
 	{AgentUnavailable, ExitUnavailable, "the agent's control socket does not answer"},
+
+	{OrderMalformed, ExitMalformed, "the order, or its envelope, cannot be decoded"},
+	{OrderUnsigned, ExitRefused, "an order without a signature, where one is needed"},
+	{OrderSignature, ExitRefused, "no signature by a key that the policy names for this order"},
+	{OrderOperation, ExitRefused, "the order is for another operation"},
+	{OrderOtherPolicy, ExitRefused, "the order is for another policy"},
+	{OrderOtherInstance, ExitRefused, "the order is for another instance"},
+	{OrderOtherBoot, ExitRefused, "the order is for another boot of this instance"},
+	{OrderCarries, ExitRefused, "the order carries something else than what was signed"},
+	{OrderExpired, ExitRefused, "the order's expiry has passed"},
+	{OrderTooLong, ExitRefused, "the order's expiry is further ahead than is accepted"},
+	{OrderChallenge, ExitRefused, "the challenge is none that this agent gave out and still waits for"},
+	{OrderReplayed, ExitRefused, "the challenge has been used: the order was given before"},
 
 	{AuditBroken, ExitRefused, "the audit log's hash chain is broken, or it is no audit log"},
 	{PublishFailed, ExitInternal, "an image could not be built, encrypted, signed or pushed"},

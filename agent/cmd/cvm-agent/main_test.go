@@ -67,7 +67,8 @@ func (s scripted) Events(after uint64) (out []control.Event, more <-chan struct{
 	}
 	return out, make(chan struct{})
 }
-func (scripted) Rules() control.Rules { return control.Rules{OperatorGID: -1} }
+func (scripted) Identity() control.Identity { return control.Identity{} }
+func (scripted) Rules() control.Rules       { return control.Rules{OperatorGID: -1} }
 
 func (scripted) Upgrade(_ context.Context, order []byte) error {
 	if code := strings.TrimSpace(string(order)); code != "good" {
