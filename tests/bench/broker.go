@@ -171,11 +171,14 @@ func (b *bench) brokerSpeed(ctx context.Context, dir string, f *fleet, run *brok
 func measurePeak(ctx context.Context, p *brokerProcess, during time.Duration, do func(context.Context, int) error) (peak, error) {
 	server, load := cpuOf(p.pid()), ownCPU()
 	n, took, err := closedLoop(ctx, busyGuests, 0, during, do)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("no session was done in %s", took)
+	}
 	if err != nil {
 		return peak{}, err
 	}
-	each := 1000 / float64(n)
-	return peak{Rate: float64(n) / took.Seconds(), Server: (cpuOf(p.pid()) - server) * each, Load: (ownCPU() - load) * each}, nil
+	ms := 1000 / float64(n)
+	return peak{Rate: float64(n) / took.Seconds(), Server: (cpuOf(p.pid()) - server) * ms, Load: (ownCPU() - load) * ms}, nil
 }
 
 // timeQuotes is what one made quote takes of a processor, in ms.

@@ -1,6 +1,8 @@
 // Command bench measures the numbers that the design promises: what a verified
 // launch costs beside plain podman and beside the chain of stock tools, what it
-// takes in memory, and where its time goes. Every part is real, see tests/rig.
+// takes in memory, and where its time goes; and how many guests a key broker
+// serves, how fast. Every part is real, see tests/rig, but for the broker's
+// guests: their SEV-SNP chip is made.
 //
 // It judges nothing: a bar that is not met is printed as such, and the exit
 // status says only whether everything could be measured.
