@@ -96,6 +96,17 @@ func (s *stage) run(ctx context.Context, list []step) ([]took, error) {
 	return report, nil
 }
 
+// inShort is the report for one line: steps of a millisecond and more.
+func inShort(report []took) string {
+	var out []string
+	for _, t := range report {
+		if t.Milliseconds >= 1 {
+			out = append(out, fmt.Sprintf("%s %.0f", t.Step, t.Milliseconds))
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
 func (s *stage) readConfig(context.Context) error {
 	data, err := bounded.ReadFile(configPath, maxConfig)
 	if err != nil {
@@ -280,7 +291,7 @@ func Init(version string) {
 		if s.config.Debug {
 			variant = " DEBUG VARIANT"
 		}
-		say(fmt.Sprintf("%s: %s, %s, early stage %d ms%s", version, s.launch.Platform(), s.bound, time.Since(start).Milliseconds(), variant))
+		say(fmt.Sprintf("%s: %s, %s, early stage %d ms (%s)%s", version, s.launch.Platform(), s.bound, time.Since(start).Milliseconds(), inShort(report), variant))
 		if text, err := json.Marshal(report); err == nil {
 			_ = os.WriteFile(filepath.Join(handover, "early-times.json"), append(text, '\n'), 0o644)
 		}

@@ -51,8 +51,10 @@ func (s *stage) mounts(context.Context) error {
 	return nil
 }
 
-// loadModules loads modules in the order given. What is loaded or built in
-// already, or has no hardware here, is none of our business.
+// loadModules loads modules in the order given. Not an error: that one is there
+// already (EEXIST), has no hardware here (ENODEV), or needs one that had none
+// (ENOENT, an unknown symbol). What then lacks is missed by the step that needs
+// it.
 func loadModules(dir string, names []string) error {
 	files, err := moduleFiles(dir)
 	if err != nil {
@@ -69,7 +71,7 @@ func loadModules(dir string, names []string) error {
 		}
 		err = unix.FinitModule(int(f.Fd()), "", 0)
 		_ = f.Close()
-		if err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) {
+		if err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENOENT) {
 			return cause.New(cause.EarlyFailed, "load module %s: %w", name, err)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/measurecmd"
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
+	"github.com/cc-runtime/cvm-agent/image-build/seedcmd"
 	"github.com/cc-runtime/cvm-agent/image-build/verifycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
@@ -58,7 +59,7 @@ func command() *cobra.Command {
 			return cmd.Help()
 		},
 	}
-	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), measurecmd.Command(), versionCommand())
+	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), measurecmd.Command(), seedcmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
 	root.SetVersionTemplate("cvmctl {{.Version}}\n")
 	usageErrors(root)
