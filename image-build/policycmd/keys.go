@@ -20,10 +20,10 @@ const maxKeyFile = 64 << 10
 // passwordVariable is cosign's, so that one environment serves both programs.
 const passwordVariable = "COSIGN_PASSWORD"
 
-// loadSigners reads private keys. The passphrase of an encrypted one comes from
+// LoadSigners reads private keys. The passphrase of an encrypted one comes from
 // passwordFile, the environment variable of cosign or the terminal; never from
 // an argument, which every process of the machine could read.
-func loadSigners(c *cobra.Command, paths []string, passwordFile string) ([]dsse.Signer, error) {
+func LoadSigners(c *cobra.Command, paths []string, passwordFile string) ([]dsse.Signer, error) {
 	var signers []dsse.Signer
 	for _, path := range paths {
 		pemKey, err := readInput(c, path, maxKeyFile, cause.KeyMalformed)

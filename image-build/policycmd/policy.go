@@ -122,7 +122,7 @@ func signCommand() *cobra.Command {
 		if envelope == nil {
 			envelope = &dsse.Envelope{PayloadType: d.payloadType, Payload: d.payload}
 		}
-		signers, err := loadSigners(c, keys, passwordFile)
+		signers, err := LoadSigners(c, keys, passwordFile)
 		if err != nil {
 			return err
 		}

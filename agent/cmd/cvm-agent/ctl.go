@@ -8,8 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -17,6 +15,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/agent/control"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/order"
 )
 
 // ctl holds what all control commands share.
@@ -51,7 +50,7 @@ func ctlCommand() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&c.socket, "socket", "/run/cvm-agent/control.sock", "the agent's control socket `PATH`")
 	cmd.PersistentFlags().StringVarP(&c.output, "output", "o", "text", "`FORMAT` of the output: text or json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	cmd.AddCommand(c.status(), c.events(), c.upgrade(), c.destroy())
+	cmd.AddCommand(c.status(), c.events(), c.challenge(), c.upgrade(), c.destroy())
 	return cmd
 }
 
@@ -68,76 +67,9 @@ func (c *ctl) status() *cobra.Command {
 				enc.SetIndent("", "  ")
 				return enc.Encode(st)
 			}
-			return printStatus(cmd.OutOrStdout(), st)
+			return st.Print(cmd.OutOrStdout())
 		},
 	}
-}
-
-func printStatus(out io.Writer, st *control.Status) error {
-	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	fmt.Fprintf(w, "state\t%s\n", st.State)
-	if st.Cause != "" {
-		label := "cause"
-		if st.State == control.StateReady {
-			label = "last order" // it failed, and what ran before still runs
-		}
-		fmt.Fprintf(w, "%s\t%s: %s\n", label, st.Cause, st.Text)
-	}
-	if p := st.Policy; p != nil {
-		fmt.Fprintf(w, "policy\t%s version %d, expires %s\n", p.Name, p.Version, p.Expires)
-		fmt.Fprintf(w, "digest\t%s\n", p.Digest)
-	}
-	if st.Platform != "" {
-		fmt.Fprintf(w, "platform\t%s\n", st.Platform)
-	}
-	if b := st.Broker; b != nil {
-		fmt.Fprintf(w, "broker\t%s\n", b.URL)
-	}
-	if l := st.EventLog; l != nil {
-		fmt.Fprintf(w, "event log\t%d events in %s\n", l.Events, l.Register)
-	}
-	if len(st.Workloads) > 0 {
-		fmt.Fprint(w, "\nWORKLOAD\tHEALTHY\tIMAGE\n")
-		for _, l := range st.Workloads {
-			healthy := "yes"
-			if !l.Healthy {
-				healthy = strings.TrimSuffix("no: "+l.Text, ": ")
-			}
-			fmt.Fprintf(w, "%s\t%s\t%s\n", l.Name, healthy, l.Image)
-		}
-	}
-	if len(st.Phases) > 0 {
-		fmt.Fprint(w, "\nSEQUENCE\tPHASE\tWORKLOAD\tOUTCOME\tDURATION\tDETAIL\n")
-		for _, p := range st.Phases {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Sequence, p.Name, dash(p.Workload), p.Outcome, duration(p.DurationMS), detail(p))
-		}
-	}
-	return w.Flush()
-}
-
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
-func detail(p control.Phase) string {
-	if p.Cause != "" {
-		return p.Cause + ": " + p.Text
-	}
-	return p.Text
-}
-
-func duration(ms float64) string {
-	d := time.Duration(ms * float64(time.Millisecond))
-	switch {
-	case d >= 10*time.Second:
-		return d.Round(time.Second).String()
-	case d >= time.Second:
-		return d.Round(10 * time.Millisecond).String()
-	}
-	return d.Round(100 * time.Microsecond).String()
 }
 
 func (c *ctl) events() *cobra.Command {
@@ -156,35 +88,47 @@ func (c *ctl) event(out io.Writer, e control.Event) error {
 	if c.output == "json" {
 		return json.NewEncoder(out).Encode(e)
 	}
-	at := e.Name
-	if e.Workload != "" {
-		at += "/" + e.Workload
-	}
-	line := fmt.Sprintf("%s  %-8s  %-24s  %-7s", e.Time.Local().Format("15:04:05.000"), e.Sequence, at, e.Outcome)
-	if e.Outcome != control.Running && e.Outcome != control.Waiting {
-		line += fmt.Sprintf("  %8s", duration(e.DurationMS))
-	}
-	if d := detail(e.Phase); d != "" {
-		line += "  " + d
-	}
-	_, err := fmt.Fprintln(out, line)
-	return err
+	return e.Print(out)
 }
 
-func (c *ctl) upgrade() *cobra.Command {
+func (c *ctl) challenge() *cobra.Command {
 	return &cobra.Command{
-		Use:   "upgrade POLICY",
-		Short: "Replace the running policy by a newer one",
-		Long: "Replace the running policy by a newer one: POLICY is a file with an initdata document or a DSSE envelope,\n" +
-			"- for standard input. The new version is verified and fetched while the old one runs; when it does not become\n" +
-			"healthy the old one runs again, and the exit status says so.",
-		Args: usageArgs(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			order, err := readOrder(cmd.InOrStdin(), args[0])
+		Use: "challenge", Short: "Ask for a challenge that a signed order has to answer", Args: usageArgs(cobra.NoArgs),
+		Long: "Ask for a challenge that a signed order has to answer: JSON, which `cvmctl order` reads. It is good for one\n" +
+			"order, for ten minutes.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ch, err := c.client().Challenge(cmd.Context())
 			if err != nil {
 				return err
 			}
-			err = c.client().Upgrade(cmd.Context(), order, func(e control.Event) { _ = c.event(cmd.OutOrStdout(), e) })
+			return control.PrintJSON(cmd.OutOrStdout(), ch)
+		},
+	}
+}
+
+func (c *ctl) upgrade() *cobra.Command {
+	signed := ""
+	cmd := &cobra.Command{
+		Use:   "upgrade POLICY | --order FILE",
+		Short: "Replace the running policy by a newer one",
+		Long: "Replace the running policy by a newer one: POLICY is a file with an initdata document or a DSSE envelope,\n" +
+			"- for standard input. The new version is verified and fetched while the old one runs; when it does not become\n" +
+			"healthy the old one runs again, and the exit status says so. A signed order, made with `cvmctl order upgrade`,\n" +
+			"carries its policy.",
+		Args: usageArgs(cobra.MaximumNArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			each := func(e control.Event) { _ = c.event(cmd.OutOrStdout(), e) }
+			if (signed == "") == (len(args) == 0) {
+				return cause.New(cause.Usage, "expected either a policy or --order, see `%s --help`", cmd.CommandPath())
+			}
+			if signed != "" {
+				return c.signed(cmd, order.Upgrade, signed)
+			}
+			document, err := readOrder(cmd.InOrStdin(), args[0])
+			if err != nil {
+				return err
+			}
+			err = c.client().Upgrade(cmd.Context(), document, each)
 			var e *cause.Error
 			if errors.As(err, &e) && e.Code == cause.InitdataMalformed && (strings.HasSuffix(args[0], ".yaml") || strings.HasSuffix(args[0], ".yml")) {
 				err = cause.New(e.Code, "%w (a policy in YAML is signed first: cvmctl policy sign)", e.Err)
@@ -192,13 +136,36 @@ func (c *ctl) upgrade() *cobra.Command {
 			return c.outcome(cmd.OutOrStdout(), "upgrade", err)
 		},
 	}
+	cmd.Flags().StringVar(&signed, "order", "", "signed order `FILE`, - for standard input")
+	return cmd
 }
 
-func readOrder(stdin io.Reader, path string) (order []byte, err error) {
+// signed sends a signed order, if it is one for the operation.
+func (c *ctl) signed(cmd *cobra.Command, operation, path string) error {
+	document, err := readOrder(cmd.InOrStdin(), path)
+	if err != nil {
+		return err
+	}
+	d, err := order.Parse(document)
+	if err != nil {
+		return err
+	}
+	o, err := d.Peek()
+	if err != nil {
+		return err
+	}
+	if o.Operation != operation {
+		return cause.New(cause.OrderOperation, "%s is an order to %s, expected one to %s", path, o.Operation, operation)
+	}
+	err = c.client().Signed(cmd.Context(), document, func(e control.Event) { _ = c.event(cmd.OutOrStdout(), e) })
+	return c.outcome(cmd.OutOrStdout(), operation, err)
+}
+
+func readOrder(stdin io.Reader, path string) (document []byte, err error) {
 	if path == "-" {
-		order, err = bounded.ReadAll(stdin, control.MaxOrder)
+		document, err = bounded.ReadAll(stdin, control.MaxOrder)
 	} else {
-		order, err = bounded.ReadFile(path, control.MaxOrder)
+		document, err = bounded.ReadFile(path, control.MaxOrder)
 	}
 	switch {
 	case errors.Is(err, bounded.ErrTooLarge):
@@ -206,16 +173,21 @@ func readOrder(stdin io.Reader, path string) (order []byte, err error) {
 	case err != nil:
 		return nil, cause.New(cause.Usage, "%w", err)
 	}
-	return order, nil
+	return document, nil
 }
 
 func (c *ctl) destroy() *cobra.Command {
-	yes := false
+	yes, signed := false, ""
 	cmd := &cobra.Command{
-		Use:   "destroy",
+		Use:   "destroy [--yes | --order FILE]",
 		Short: "End this instance: remove its workloads, images, volumes and keys",
-		Args:  usageArgs(cobra.NoArgs),
+		Long: "End this instance for ever: remove its workloads, images, volumes and keys. It asks first, unless told --yes or\n" +
+			"given a signed order, made with `cvmctl order destroy`.",
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if signed != "" {
+				return c.signed(cmd, order.Destroy, signed)
+			}
 			if !yes {
 				if err := confirm(cmd.InOrStdin(), cmd.ErrOrStderr()); err != nil {
 					return err
@@ -226,6 +198,7 @@ func (c *ctl) destroy() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	cmd.Flags().StringVar(&signed, "order", "", "signed order `FILE`, - for standard input")
 	return cmd
 }
 
@@ -243,7 +216,7 @@ func confirm(stdin io.Reader, stderr io.Writer) error {
 }
 
 // outcome prints the last line of an order.
-func (c *ctl) outcome(out io.Writer, order string, err error) error {
+func (c *ctl) outcome(out io.Writer, operation string, err error) error {
 	if c.output == "json" {
 		result := control.Result{Outcome: control.OK}
 		if err != nil {
@@ -253,7 +226,7 @@ func (c *ctl) outcome(out io.Writer, order string, err error) error {
 			return encodeErr
 		}
 	} else if err == nil {
-		fmt.Fprintf(out, "%s: ok\n", order)
+		fmt.Fprintf(out, "%s: ok\n", operation)
 	}
 	return err
 }

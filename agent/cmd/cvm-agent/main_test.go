@@ -67,8 +67,10 @@ func (s scripted) Events(after uint64) (out []control.Event, more <-chan struct{
 	}
 	return out, make(chan struct{})
 }
-func (scripted) Identity() control.Identity { return control.Identity{} }
-func (scripted) Rules() control.Rules       { return control.Rules{OperatorGID: -1} }
+func (scripted) Identity() control.Identity {
+	return control.Identity{Policy: "shop", InstanceID: "i-1", BootID: "0f1e2d3c-0000-4000-8000-0123456789ab"}
+}
+func (scripted) Rules() control.Rules { return control.Rules{OperatorGID: -1} }
 
 func (scripted) Upgrade(_ context.Context, order []byte) error {
 	if code := strings.TrimSpace(string(order)); code != "good" {

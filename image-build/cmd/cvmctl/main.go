@@ -14,6 +14,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/image-build/brokercmd"
 	"github.com/cc-runtime/cvm-agent/image-build/measurecmd"
+	"github.com/cc-runtime/cvm-agent/image-build/ordercmd"
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
 	"github.com/cc-runtime/cvm-agent/image-build/seedcmd"
@@ -61,6 +62,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), measurecmd.Command(), seedcmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
+	root.AddCommand(ordercmd.Commands()...)
 	root.SetVersionTemplate("cvmctl {{.Version}}\n")
 	usageErrors(root)
 	return root

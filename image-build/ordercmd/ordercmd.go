@@ -1,0 +1,199 @@
+// Package ordercmd is the part of cvmctl that an operator uses: `cvmctl order`
+// makes signed orders and talks to nobody, `cvmctl control` talks to a guest's
+// agent over the host's end of its serial port.
+package ordercmd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/order"
+)
+
+// maxChallenge bounds what an agent answers to GET /v1/challenge, in bytes.
+const maxChallenge = 4 << 10
+
+// Commands returns `order` and `control` for the root command of cvmctl. Errors
+// carry a cause code; cause.Exit gives the exit status.
+func Commands() []*cobra.Command { return []*cobra.Command{orderCommand(), controlCommand()} }
+
+func orderCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "order",
+		Short: "Make signed orders to upgrade or destroy an instance",
+		Long: "Make signed orders: to one boot of one instance, good once and for minutes. An order is signed by a key\n" +
+			"of the running policy's control.orderKeys and answers a challenge of the agent's, from `cvmctl control\n" +
+			"challenge`, from `cvm-agent ctl challenge` in the guest, or from GET /v1/challenge.",
+		Example: "  cvmctl control --serial cvm.sock challenge |\n" +
+			"    cvmctl order destroy --key operator.key --out order.json\n" +
+			"  cvmctl control --serial cvm.sock order order.json",
+	}
+	c.AddCommand(makeCommand(order.Upgrade), makeCommand(order.Destroy), showCommand())
+	return c
+}
+
+func makeCommand(operation string) *cobra.Command {
+	var keys []string
+	var challenge, carried, out, passwordFile string
+	ttl := order.DefaultTTL
+	c := &cobra.Command{
+		Use:   operation + " --key KEY [--challenge FILE] --out FILE",
+		Short: "Make a signed order to " + operation,
+		Long: "Make a signed order to " + operation + ". Keys are those of `cosign generate-key-pair`, or PKCS #8 in PEM. The\n" +
+			"passphrase of an encrypted key is taken from --password-file, from COSIGN_PASSWORD or asked for on the\n" +
+			"terminal. The agent takes an expiry of at most " + order.MaxAhead.String() + " ahead of its own clock.",
+		Example: "  cvmctl order " + operation + " --key operator.key --challenge challenge.json --out order.json",
+		Args:    cobra.NoArgs,
+	}
+	c.Flags().StringArrayVar(&keys, "key", nil, "private key `FILE` that the policy names for this order; may be repeated")
+	c.Flags().StringVar(&challenge, "challenge", "-", "the agent's challenge, a `FILE` of JSON; - is standard input")
+	c.Flags().DurationVar(&ttl, "expires-in", ttl, "`DURATION` until the order ends")
+	c.Flags().StringVar(&out, "out", "-", "`FILE` for the order; - is standard output")
+	c.Flags().StringVar(&passwordFile, "password-file", "", "`FILE` whose first line is the passphrase of encrypted keys")
+	required := []string{"key"}
+	if operation == order.Upgrade {
+		c.Use = operation + " --key KEY --policy FILE [--challenge FILE] --out FILE"
+		c.Example = "  cvmctl order upgrade --key operator.key --policy v2.dsse.json --challenge challenge.json --out order.json"
+		c.Flags().StringVar(&carried, "policy", "", "signed policy `FILE`, an envelope or initdata")
+		required = append(required, "policy")
+	}
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		for _, name := range required {
+			if !c.Flags().Changed(name) {
+				return cause.New(cause.Usage, "%s: --%s is missing", c.CommandPath(), name)
+			}
+		}
+		if ttl < time.Second || ttl > order.MaxAhead {
+			return cause.New(cause.Usage, "--expires-in is %s, expected 1s to %s", ttl, order.MaxAhead)
+		}
+		var policy []byte
+		var err error
+		if operation == order.Upgrade {
+			if policy, err = read(c, carried, order.MaxCarried, cause.PolicyTooLarge); err != nil {
+				return err
+			}
+			if len(policy) == 0 {
+				return cause.New(cause.PolicyMissing, "%s is empty, expected a signed policy", carried)
+			}
+		}
+		ch, err := readChallenge(c, challenge)
+		if err != nil {
+			return err
+		}
+		signers, err := policycmd.LoadSigners(c, keys, passwordFile)
+		if err != nil {
+			return err
+		}
+		document, err := order.Sign(order.Order{Operation: operation, Policy: ch.Policy, InstanceID: ch.InstanceID, BootID: ch.BootID,
+			Challenge: ch.Challenge, Expires: time.Now().Add(ttl).UTC().Format(time.RFC3339)}, policy, signers...)
+		if err != nil {
+			return err
+		}
+		return write(c, out, append(document, '\n'))
+	}
+	return c
+}
+
+func readChallenge(c *cobra.Command, path string) (*order.Challenge, error) {
+	data, err := read(c, path, maxChallenge, cause.OrderMalformed)
+	if err != nil {
+		return nil, err
+	}
+	var ch order.Challenge
+	if err := bounded.DecodeJSON(data, &ch, bounded.Limits{Bytes: maxChallenge, Depth: 2, Nodes: 32}); err != nil {
+		return nil, cause.New(cause.OrderMalformed, "the challenge: %w", err)
+	}
+	return &ch, nil
+}
+
+// shown is what show prints.
+type shown struct {
+	*order.Order
+	Bytes int `json:"carriedBytes"` // of what is carried
+}
+
+func showCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:     "show FILE",
+		Short:   "Print what an order says; verifies no signature",
+		Example: "  cvmctl order show order.json",
+		Args:    cobra.ExactArgs(1),
+	}
+	format := outputFlag(c)
+	c.RunE = func(c *cobra.Command, args []string) error {
+		data, err := read(c, args[0], order.MaxDocument, cause.OrderMalformed)
+		if err != nil {
+			return err
+		}
+		d, err := order.Parse(data)
+		if err != nil {
+			return err
+		}
+		o, err := d.Peek()
+		if err != nil {
+			return err
+		}
+		if o.Carries != order.Digest(d.Carries) {
+			return cause.New(cause.OrderCarries, "the order names %q, it carries %q", o.Carries, order.Digest(d.Carries))
+		}
+		out := c.OutOrStdout()
+		if *format == "json" {
+			e := json.NewEncoder(out)
+			e.SetIndent("", "  ")
+			return e.Encode(shown{o, len(d.Carries)})
+		}
+		fmt.Fprintf(out, "the signature is not verified here: the agent does\noperation  %s\npolicy     %s\ninstance   %s\nboot       %s\nchallenge  %s\nexpires    %s\n",
+			o.Operation, o.Policy, o.InstanceID, o.BootID, o.Challenge, o.Expires)
+		if o.Carries != "" {
+			fmt.Fprintf(out, "carries    %s, %d bytes\n", o.Carries, len(d.Carries))
+		}
+		return nil
+	}
+	return c
+}
+
+// outputFlag adds --output and returns where its value goes.
+func outputFlag(c *cobra.Command) *string {
+	format := c.Flags().StringP("output", "o", "text", "`FORMAT` of the output: text or json")
+	c.PreRunE = func(*cobra.Command, []string) error { return checkFormat(*format) }
+	_ = c.RegisterFlagCompletionFunc("output", formats)
+	return format
+}
+
+var formats = cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)
+
+func checkFormat(format string) error {
+	if format != "text" && format != "json" {
+		return cause.New(cause.Usage, "--output is %q, expected text or json", format)
+	}
+	return nil
+}
+
+func read(c *cobra.Command, path string, max int64, tooLarge cause.Code) (data []byte, err error) {
+	if path == "-" {
+		data, err = bounded.ReadAll(c.InOrStdin(), max)
+	} else {
+		data, err = bounded.ReadFile(path, max)
+	}
+	if errors.Is(err, bounded.ErrTooLarge) {
+		return nil, cause.New(tooLarge, "%s: %w", path, err)
+	}
+	return data, cause.Wrap(cause.Usage, err)
+}
+
+// write writes a file whole or not at all, or to standard output for "-".
+func write(c *cobra.Command, path string, data []byte) error {
+	if path == "-" {
+		_, err := c.OutOrStdout().Write(data)
+		return err
+	}
+	return cause.Wrap(cause.StorageFailed, renameio.WriteFile(path, data, 0o600))
+}
