@@ -1,10 +1,12 @@
 package publish
 
 import (
+	"bytes"
 	"context"
 	"slices"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -84,6 +86,14 @@ func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, r
 	}
 	for _, p := range doc.Platforms {
 		rule.Platforms = append(rule.Platforms, string(p))
+		for _, l := range r.o.launches {
+			if l.Platform == string(p) {
+				rule.Launch = append(rule.Launch, l)
+			}
+		}
+	}
+	if err := rule.Validate(); err != nil {
+		return "none set (" + err.Error() + "; --rule-launch gives launches): the key is released to nobody until a rule is set", nil
 	}
 	if err := keys.PutRule(ctx, res.KeyResource, rule); err != nil {
 		return "", failed(cause.BrokerUnavailable, "set release rule", err)
@@ -91,4 +101,41 @@ func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, r
 	res.ReleaseRule = true
 	r.did("release rule of " + res.KeyResource)
 	return "policy " + doc.Name + " with this image", nil
+}
+
+// maxLaunches bounds a file of launches, in bytes.
+const maxLaunches = 512 << 10
+
+// readLaunches reads files of `cvmctl measure`, or whole reference documents.
+func readLaunches(files []string) (all []release.Launch, err error) {
+	for _, path := range files {
+		data, err := bounded.ReadFile(path, maxLaunches)
+		if err != nil {
+			return nil, cause.New(cause.Usage, "--rule-launch: %w", err)
+		}
+		if bytes.Contains(data, []byte(release.ReferenceAPIVersion)) {
+			d, err := release.DecodeReferenceYAML(data)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, d.Launch...)
+			continue
+		}
+		var d struct {
+			Launch []release.Launch `json:"launch"`
+		}
+		if _, err := bounded.DecodeYAML(data, &d, bounded.Limits{Bytes: maxLaunches, Depth: 8}); err != nil {
+			return nil, cause.New(cause.Usage, "--rule-launch: %s: %w", path, err)
+		}
+		for _, l := range d.Launch {
+			if err := l.Validate(); err != nil {
+				return nil, cause.New(cause.Usage, "--rule-launch: %s: %w", path, err)
+			}
+		}
+		if len(d.Launch) == 0 {
+			return nil, cause.New(cause.Usage, "--rule-launch: %s has no launch", path)
+		}
+		all = append(all, d.Launch...)
+	}
+	return all, nil
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -57,6 +58,7 @@ type Options struct {
 	Now     func() time.Time
 
 	openBroker func() (keyBroker, error) // tests hold the broker; nil: adminclient
+	launches   []release.Launch          // of Broker.Launch
 }
 
 // BuildOptions is how podman builds the Containerfile.
@@ -83,6 +85,7 @@ type BrokerOptions struct {
 	TokenFile string
 	EKRoots   []string // names of the broker's root sets that the release rule is limited to
 	Signers   []string // SHA-256 of SPKI of the policy's signers; default: Policy.SignKey's
+	Launch    []string // files with the launches that the rule is limited to, as `cvmctl measure` prints them
 }
 
 func (b BrokerOptions) used() bool { return b.URL != "" && b.TokenFile != "" }
@@ -187,6 +190,10 @@ func (o *Options) check() (target, error) {
 		}
 	}
 	if err := o.checkKey(); err != nil {
+		return target{}, err
+	}
+	var err error
+	if o.launches, err = readLaunches(o.Broker.Launch); err != nil {
 		return target{}, err
 	}
 	if o.Policy.SignKey != "" && o.Policy.Out == "" {

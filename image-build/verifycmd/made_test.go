@@ -99,7 +99,7 @@ func TestSNPLogCountsOnlyUnderItsReportData(t *testing.T) {
 		t.Errorf("without runtime-data: %v, the log is a fact: %t", err, d.Facts != nil && d.Facts.Log != nil)
 	}
 	// Nor does a rule that names a policy take it.
-	rule := file(t, "rule.yaml", []byte("apiVersion: cvm-agent.release-rule/v1\nplatforms: [snp]\npolicy: {names: [shop], signers: ["+strings.Repeat("a", 64)+"]}\n"))
+	rule := file(t, "rule.yaml", []byte("apiVersion: cvm-agent.release-rule/v1\nplatforms: [snp]\nanyLaunch: true\npolicy: {names: [shop], signers: ["+strings.Repeat("a", 64)+"]}\n"))
 	if _, err = o.runs(t, append(args, "--in", file(t, "composite.json", r.TEEEvidence), "--report-data", hex.EncodeToString(rd[:]), "--rules", rule)...); cause.Of(err) != cause.EvidenceRefused {
 		t.Errorf("a rule took a log that nothing covers: %v", err)
 	}

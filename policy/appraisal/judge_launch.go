@@ -28,6 +28,11 @@ const (
 // its platform. One of them has to match in every part: the best one's parts
 // are shown, so that a refusal says what differs.
 func judgeLaunch(v *Verdict, f Facts, r release.Rule) {
+	if len(r.Launch) == 0 && !r.AnyLaunch && f.TEE != release.PlatformTPM {
+		v.Require(CheckMeasurement)
+		v.Fail(CheckMeasurement, "one of the rule's launches, or anyLaunch", "the rule names none")
+		return
+	}
 	if len(r.Launch) == 0 {
 		v.Skip(CheckMeasurement, "", "the rule allows any launch")
 		return

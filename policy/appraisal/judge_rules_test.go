@@ -256,7 +256,7 @@ func TestDefaultsAreStrict(t *testing.T) {
 		"an old platform": tdx("tdx", CheckTCBStatus, func(d *TDXFacts) { d.TCBStatus = "SWHardeningNeeded" }),
 		"an advisory":     tdx("tdx", CheckAdvisories, func(d *TDXFacts) { d.Advisories = []string{"INTEL-SA-00837"} }),
 	} {
-		rule := release.Rule{Platforms: []string{"snp", "tdx"}, AnyPolicy: true}
+		rule := release.Rule{Platforms: []string{"snp", "tdx"}, AnyPolicy: true, AnyLaunch: true}
 		f := goodFacts(m.platform)
 		if err := Judge(f, rule, noMarks, time.Now()).Refusal(); err != nil {
 			t.Fatalf("%s: %v", what, err)
@@ -267,7 +267,7 @@ func TestDefaultsAreStrict(t *testing.T) {
 		}
 	}
 	max := uint32(2)
-	rule := release.Rule{Platforms: []string{"snp"}, AnyPolicy: true, TCB: &release.TCB{SNP: &release.SNPTCB{VMPL: &release.VMPL{Max: &max}, SigningKeys: []string{"vlek"}}}}
+	rule := release.Rule{Platforms: []string{"snp"}, AnyPolicy: true, AnyLaunch: true, TCB: &release.TCB{SNP: &release.SNPTCB{VMPL: &release.VMPL{Max: &max}, SigningKeys: []string{"vlek"}}}}
 	f := goodFacts("snp")
 	for vmpl, want := range map[uint32]Outcome{0: Passed, 2: Passed, 3: Failed} {
 		f.SNP.VMPL, f.SNP.SigningKey = vmpl, "vlek"

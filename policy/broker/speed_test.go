@@ -38,7 +38,7 @@ func snpServer(t testing.TB, s *Store, chain *snptest.Chain) *Server {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = server.Close() })
-	rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{"snp"}, AnyPolicy: true}
+	rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{"snp"}, AnyPolicy: true, AnyLaunch: true}
 	if err := s.PutResource(keyOne, []byte("0123456789abcdef0123456789abcdef"), onRecord); err != nil {
 		t.Fatal(err)
 	}

@@ -100,7 +100,7 @@ func (w *world) put(t *testing.T, path string, data []byte, platforms ...string)
 	if err := w.admin.PutResource(t.Context(), "kbs:///"+path, data); err != nil {
 		t.Fatal(err)
 	}
-	rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: platforms, AnyPolicy: true}
+	rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: platforms, AnyPolicy: true, AnyLaunch: true}
 	if err := w.admin.PutRule(t.Context(), "kbs:///"+path, rule); err != nil {
 		t.Fatal(err)
 	}

@@ -189,7 +189,7 @@ func TestTEEsEndToEnd(t *testing.T) {
 			runDir := t.TempDir()
 			h := c.hardware(t, doc)
 			g.boot(t, h, runDir, c.on)
-			rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{string(c.on)},
+			rule := release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{string(c.on)}, AnyLaunch: true,
 				Policy: &release.PolicyRule{Names: []string{"shop"}, Signers: []string{g.signer.Fingerprint}, MinimumVersion: 2},
 				Images: []string{imageOne[strings.Index(imageOne, "@")+1:]}}
 			put := func(r release.Rule) {
@@ -223,7 +223,7 @@ func TestTEEsEndToEnd(t *testing.T) {
 
 			// Under dialect kbs nothing names the policy: a rule that does is not met.
 			refused(t, g.client(t, b.policy, func(c *keyrelease.Config) { c.Broker.Dialect = "kbs" }), cause.KeyRefused, "")
-			put(release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{string(c.on)}, AnyPolicy: true})
+			put(release.Rule{APIVersion: release.RuleAPIVersion, Platforms: []string{string(c.on)}, AnyPolicy: true, AnyLaunch: true})
 			released(t, g.client(t, b.policy, func(c *keyrelease.Config) { c.Broker.Dialect = "kbs" }))
 
 			other := rule

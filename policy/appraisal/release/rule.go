@@ -39,8 +39,12 @@ type Rule struct {
 	// those listed, 64 lowercase hex digits.
 	PCRs map[string][]string `json:"pcrs,omitempty"`
 	// Launch are the known launches, of which the evidence must match one
-	// entirely. Left out: any launch, which PCRs may narrow.
-	Launch []Launch `json:"launch,omitempty"`
+	// entirely. On a TEE exactly one of Launch and AnyLaunch is set: whoever
+	// launches a guest chooses what HOST_DATA and MRCONFIGID say, and an unknown
+	// guest what its event log and Azure's PCRs say. With tpm alone it may be
+	// left out: any launch, which PCRs may narrow.
+	Launch    []Launch `json:"launch,omitempty"`
+	AnyLaunch bool     `json:"anyLaunch,omitempty"`
 	// TCB says which firmware is good enough. Left out, its defaults hold.
 	TCB *TCB `json:"tcb,omitempty"`
 }
@@ -109,6 +113,14 @@ func (r Rule) Validate() error {
 			return fmt.Errorf("launch[%d]: platform %s is not among platforms", i, l.Platform)
 		}
 	}
+	if len(r.Launch) > 0 && r.AnyLaunch {
+		return fmt.Errorf("set one of launch and anyLaunch: true")
+	}
+	for _, p := range r.Platforms {
+		if r.launchNeeded(p) {
+			return fmt.Errorf("launch is missing: without it any guest on %s can say that it is the one meant; set launch, or anyLaunch: true", p)
+		}
+	}
 	if (r.Policy != nil) == r.AnyPolicy {
 		return fmt.Errorf("set exactly one of policy and anyPolicy: true")
 	}
@@ -140,6 +152,12 @@ func (r Rule) Validate() error {
 		}
 	}
 	return nil
+}
+
+// launchNeeded says whether a rule says too little about who may be launched on
+// a platform. A bare TPM is worth what whoever runs it says in any case.
+func (r Rule) launchNeeded(platform string) bool {
+	return platform != PlatformTPM && len(r.Launch) == 0 && !r.AnyLaunch
 }
 
 func (p PolicyRule) validate() error {

@@ -40,6 +40,12 @@ func TestDecodeRule(t *testing.T) {
 		}
 		return strings.Replace(goodRule, old, new, 1)
 	}
+	ones, zeros := `"`+strings.Repeat("1", 64)+`"`, `"`+ZeroPCR+`"`
+	for _, platforms := range []string{"[snp]", "[tdx, az-snp-vtpm, az-tdx-vtpm]"} {
+		if _, err := DecodeRule([]byte(replace("[tpm]", platforms) + "anyLaunch: true\n")); err != nil {
+			t.Errorf("any launch of %s, in so many words: %v", platforms, err)
+		}
+	}
 	for what, in := range map[string]string{
 		"an unknown field":             goodRule + "anything: 1\n",
 		"a duplicate key":              goodRule + "platforms: [snp]\n",
@@ -60,6 +66,9 @@ func TestDecodeRule(t *testing.T) {
 		"a key that is a number":       replace(`"12"`, "12"),
 		"a negative version":           replace("minimumVersion: 2", "minimumVersion: -1"),
 		"neither policy nor anyPolicy": "apiVersion: cvm-agent.release-rule/v1\nplatforms: [tpm]\n",
+		"a TEE without a launch":       replace("[tpm]", "[snp]"),
+		"one TEE of two platforms":     replace("[tpm]", "[tpm, az-tdx-vtpm]"),
+		"launch and anyLaunch":         goodRule + "anyLaunch: true\nlaunch: [{label: a, platform: tpm, pcrs: {\"4\": " + ones + ", \"9\": " + ones + ", \"11\": " + ones + ", \"12\": " + zeros + ", \"13\": " + zeros + "}}]\n",
 		"nothing":                      "",
 	} {
 		if _, err := DecodeRule([]byte(in)); err == nil {
@@ -70,6 +79,7 @@ func TestDecodeRule(t *testing.T) {
 
 func FuzzRule(f *testing.F) {
 	f.Add([]byte(goodRule))
+	f.Add([]byte(`{"apiVersion":"cvm-agent.release-rule/v1","platforms":["snp"],"anyPolicy":true,"anyLaunch":true}`))
 	f.Add([]byte(`{"apiVersion":"cvm-agent.release-rule/v1","platforms":["tpm"],"anyPolicy":true}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := DecodeRule(b)
