@@ -45,16 +45,20 @@ func (a AuditRecord) String() string {
 const EKRootName = "rig"
 
 // StartBroker initialises and starts a broker that trusts the EK issuers in
-// ekRoots, a PEM file.
-func (r *Rig) StartBroker(ctx context.Context, ekRoots string) (*Broker, error) {
+// ekRoots, a PEM file. Its certificate holds for hosts beside the loopback: a
+// machine of ours has another name for it.
+func (r *Rig) StartBroker(ctx context.Context, ekRoots string, hosts ...string) (*Broker, error) {
 	dir := r.Path(r.name("broker"))
 	// A fixed port, so that Restart comes back where policies expect it.
 	address, err := freeAddress()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := r.Run(ctx, nil, r.Program("cvm-broker"), "init", "--dir", dir, "--host", "127.0.0.1",
-		"--listen", address, "--ek-root", EKRootName+"="+ekRoots); err != nil {
+	argv := []string{r.Program("cvm-broker"), "init", "--dir", dir, "--listen", address, "--ek-root", EKRootName + "=" + ekRoots}
+	for _, host := range append([]string{"127.0.0.1"}, hosts...) {
+		argv = append(argv, "--host", host)
+	}
+	if _, err := r.Run(ctx, nil, argv...); err != nil {
 		return nil, err
 	}
 	b := &Broker{

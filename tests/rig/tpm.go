@@ -29,6 +29,15 @@ type TPMAuthority string
 // StartTPM manufactures a TPM whose EK certificate comes from the named
 // authority ("" is "ca"; it is made on first use) and powers it on.
 func (r *Rig) StartTPM(ctx context.Context, authority TPMAuthority) (*TPM, error) {
+	t, err := r.NewTPM(ctx, authority)
+	if err != nil {
+		return nil, err
+	}
+	return t, t.PowerOn(ctx)
+}
+
+// NewTPM is StartTPM without the power: a Machine has it plugged in.
+func (r *Rig) NewTPM(ctx context.Context, authority TPMAuthority) (*TPM, error) {
 	if authority == "" {
 		authority = "ca"
 	}
@@ -70,7 +79,28 @@ func (r *Rig) StartTPM(ctx context.Context, authority TPMAuthority) (*TPM, error
 	if err := os.WriteFile(t.Roots, []byte(roots.String()), 0o600); err != nil {
 		return nil, err
 	}
-	return t, t.PowerOn(ctx)
+	return t, nil
+}
+
+// PlugIn starts the TPM for a machine monitor, which powers it on and off and
+// talks to it over the returned control socket. It ends with the machine.
+func (t *TPM) PlugIn(ctx context.Context) (control string, err error) {
+	if t.Process != nil {
+		t.Stop()
+	}
+	control = t.Socket + ".ctrl"
+	if err := os.Remove(control); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", err
+	}
+	t.Process, err = t.rig.Start(filepath.Base(filepath.Dir(t.state)), nil, "swtpm", "socket", "--tpm2",
+		"--tpmstate", "dir="+t.state, "--ctrl", "type=unixio,path="+control+",mode=0600", "--terminate")
+	if err != nil {
+		return "", err
+	}
+	return control, t.ready(ctx, readyWithin, func() error {
+		_, err := os.Stat(control)
+		return err
+	})
 }
 
 // PowerOn starts the TPM: all registers are reset, as by a reboot of the

@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"text/template"
+	"time"
+
+	"github.com/cc-runtime/cvm-agent/tests/rig"
+)
+
+// guestPort is where the workload listens, in its container and on the guest.
+const guestPort = 8080
+
+// floor is the image's lowest policy version.
+const floor = 2
+
+// scene is what is outside the machines: registry, broker, publisher, keys, the
+// image and what it will measure.
+type scene struct {
+	*rig.Stage
+	report   *report
+	operator *rig.Keys // signs orders
+	accel    string
+
+	image    string                      // directory of the sealed image
+	apps     map[uint64]*rig.Publication // by policy version
+	policies map[uint64]string           // signed: envelopes, by version
+	seed     string                      // of the first version
+	initdata string                      // what it carries
+
+	launch    map[string]any // predicted: the reference document's entry
+	pcr8      string         // predicted for initdata
+	reference uint64         // version of the document that the broker has
+}
+
+// prepare makes everything that no machine is needed for.
+func (s *scene) prepare(ctx context.Context) error {
+	for _, step := range []struct {
+		name string
+		do   func(context.Context) error
+	}{
+		{"registry, broker, publisher, keys", s.parts},
+		{"three encrypted images, their policies", s.publish},
+		{"the guest image, for this run's signer", s.seal},
+		{"what it will measure, signed, at the broker", s.predict},
+		{"the seed", s.makeSeed},
+	} {
+		start := time.Now()
+		if err := step.do(ctx); err != nil {
+			return fmt.Errorf("%s: %w", step.name, err)
+		}
+		s.report.say("   made %6.1fs  %s", time.Since(start).Seconds(), step.name)
+	}
+	return nil
+}
+
+func (s *scene) parts(ctx context.Context) (err error) {
+	tpm, err := s.NewTPM(ctx, "")
+	if err != nil {
+		return err
+	}
+	s.TPM = tpm
+	if s.Registry, err = s.StartRegistry(ctx); err != nil {
+		return err
+	}
+	if s.Broker, err = s.StartBroker(ctx, tpm.Roots, rig.HostInGuest); err != nil {
+		return err
+	}
+	if s.Builder, err = s.StartPodman(ctx, "builder"); err != nil {
+		return err
+	}
+	for name, keys := range map[string]**rig.Keys{"signer": &s.Signer, "owner": &s.Owner, "operator": &s.operator} {
+		if *keys, err = s.NewKeys(ctx, name); err != nil {
+			return err
+		}
+	}
+	s.accel = s.Accelerator(ctx)
+	return nil
+}
+
+//go:embed policy.yaml.tmpl
+var policyTemplate string
+
+func (s *scene) template() (string, error) {
+	_, registryPort, err := net.SplitHostPort(s.Registry.Host)
+	if err != nil {
+		return "", err
+	}
+	data := map[string]any{
+		"Host": rig.HostInGuest, "RegistryPort": registryPort, "Port": guestPort,
+		"BrokerURL": strings.Replace(s.Broker.URL, "127.0.0.1", rig.HostInGuest, 1),
+		"Expires":   time.Now().Add(24 * time.Hour).UTC().Format(time.RFC3339),
+	}
+	for field, file := range map[string]string{"BrokerCA": s.Broker.CA, "TokenKey": s.Broker.TokenKey,
+		"SignerKey": s.Signer.Public, "OperatorKey": s.operator.Public} {
+		pem, err := os.ReadFile(file)
+		if err != nil {
+			return "", err
+		}
+		data[field] = string(pem)
+	}
+	indent := func(n int, text string) string {
+		return strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n"+strings.Repeat(" ", n))
+	}
+	t, err := template.New("policy").Funcs(template.FuncMap{"indent": indent}).Parse(policyTemplate)
+	if err != nil {
+		return "", err
+	}
+	var text strings.Builder
+	if err := t.Execute(&text, data); err != nil {
+		return "", err
+	}
+	file := s.Path("policy", "template.yaml")
+	return file, s.write(file, text.String())
+}
+
+func (s *scene) write(file, text string) error {
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(file, []byte(text), 0o600)
+}
+
+// versions are the policies that the guest meets, each with its own image.
+var versions = []struct {
+	policy uint64
+	app    rig.App
+}{
+	{floor, rig.App{Name: "vault", Version: "v1"}},
+	{floor + 1, rig.App{Name: "vault", Version: "v2"}},
+	{floor + 2, rig.App{Name: "vault", Version: "v3", Sick: true}},
+}
+
+func (s *scene) publish(ctx context.Context) error {
+	file, err := s.template()
+	if err != nil {
+		return err
+	}
+	s.apps, s.policies = map[uint64]*rig.Publication{}, map[uint64]string{}
+	for _, v := range versions {
+		dir, err := s.BuildApp(ctx, v.app)
+		if err != nil {
+			return err
+		}
+		out := s.Path("policy", fmt.Sprintf("e2e-%d.yaml", v.policy))
+		if s.apps[v.policy], err = s.Publish(ctx, rig.PublishOptions{Source: []string{dir}, To: "e2e/vault:" + v.app.Version,
+			Encrypt: true, Workload: "vault", Template: file, Out: out, Version: v.policy}); err != nil {
+			return err
+		}
+		if s.policies[v.policy], err = s.SignPolicy(ctx, out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// seal makes the image that trusts this run's owner. Its root comes from the
+// cache when recipe and programs are the same.
+func (s *scene) seal(ctx context.Context) error {
+	root, err := rig.Root()
+	if err != nil {
+		return err
+	}
+	owner, err := s.Owner.Fingerprint()
+	if err != nil {
+		return err
+	}
+	s.image = s.Path("image")
+	out, err := s.Run(ctx, []string{"CVM_BIN=" + s.Bin}, filepath.Join(root, "image-build", "guest", "build.sh"), "seal",
+		"--out", s.image, "--signers", owner, "--threshold", "1", "--version-floor", strconv.Itoa(floor))
+	if s.report.verbose {
+		s.report.say("%s", out)
+	}
+	return err
+}
+
+func (s *scene) disk() string { return filepath.Join(s.image, "disk.raw") }
+func (s *scene) uki() string  { return filepath.Join(s.image, "uki.efi") }
+
+// predict computes the launch entry from the image file and gives the broker
+// the signed document: from then on no other rule counts there.
+func (s *scene) predict(ctx context.Context) error {
+	data, err := os.ReadFile(filepath.Join(s.image, "image.json"))
+	if err != nil {
+		return err
+	}
+	var image struct {
+		Phases []string `json:"pcr11Phases"`
+	}
+	if err := json.Unmarshal(data, &image); err != nil {
+		return fmt.Errorf("image.json: %w", err)
+	}
+	out, err := s.Run(ctx, nil, s.Program("cvmctl"), "measure", "pcr", "--image", s.disk(), "--phases", strings.Join(image.Phases, ":"),
+		"--format", "reference-values", "--label", "guest", "--output", "json")
+	if err != nil {
+		return err
+	}
+	var entries struct {
+		Launch []map[string]any `json:"launch"`
+	}
+	if err := json.Unmarshal([]byte(out), &entries); err != nil || len(entries.Launch) != 1 {
+		return fmt.Errorf("cvmctl measure pcr: %d launch entries, %w", len(entries.Launch), err)
+	}
+	s.launch = entries.Launch[0]
+	for _, pcr := range []string{"4", "9", "11", "12", "13"} {
+		if pcrs, _ := s.launch["pcrs"].(map[string]any); pcrs[pcr] == nil {
+			return fmt.Errorf("cvmctl measure pcr predicts no PCR %s", pcr)
+		}
+	}
+	config, err := os.ReadFile(s.Broker.Config)
+	if err != nil {
+		return err
+	}
+	if err := s.write(s.Broker.Config, string(config)+"ruleSigners: {keys: ["+s.Owner.Public+"], threshold: 1}\n"); err != nil {
+		return err
+	}
+	if err := s.Broker.Restart(ctx); err != nil {
+		return err
+	}
+	return s.setReference(ctx, "", "")
+}
+
+// setReference gives the broker the next version of the document; with a PCR's
+// index, its value is another than the predicted one.
+func (s *scene) setReference(ctx context.Context, index, value string) error {
+	owner, err := s.Owner.Fingerprint()
+	if err != nil {
+		return err
+	}
+	launch := map[string]any{}
+	for k, v := range s.launch {
+		launch[k] = v
+	}
+	if index != "" {
+		pcrs := map[string]any{}
+		for k, v := range s.launch["pcrs"].(map[string]any) {
+			pcrs[k] = v
+		}
+		pcrs[index] = value
+		launch["pcrs"] = pcrs
+	}
+	var keys, images []string
+	for _, v := range versions {
+		keys = append(keys, s.apps[v.policy].KeyResource)
+		images = append(images, s.apps[v.policy].ManifestDigest)
+	}
+	s.reference++
+	document, err := json.MarshalIndent(map[string]any{
+		"apiVersion": "cvm-agent.reference-values/v1", "name": "e2e", "version": s.reference,
+		"launch": []any{launch},
+		"resources": []any{map[string]any{
+			"resource": keys, "platforms": []string{"tpm"}, "launch": []string{"guest"}, "ekRoots": []string{rig.EKRootName},
+			"policy": map[string]any{"names": []string{"e2e"}, "signers": []string{owner}, "threshold": 1, "minimumVersion": floor},
+			"images": images,
+		}},
+	}, "", "  ")
+	if err != nil {
+		return err
+	}
+	file := s.Path("policy", fmt.Sprintf("reference-%d.yaml", s.reference))
+	if err := s.write(file, string(document)); err != nil {
+		return err
+	}
+	signed, err := s.SignPolicy(ctx, file)
+	if err != nil {
+		return err
+	}
+	_, err = s.Run(ctx, nil, s.Program("cvmctl"), "broker", "reference", "set", "--file", signed,
+		"--url", s.Broker.URL, "--ca", s.Broker.CA, "--token-file", s.Broker.AdminToken)
+	return err
+}
+
+// makeSeed makes the seed of the first version with cvmctl, and predicts PCR 8.
+func (s *scene) makeSeed(ctx context.Context) (err error) {
+	if s.initdata, err = s.Pack(ctx, s.policies[floor]); err != nil {
+		return err
+	}
+	s.seed = s.Path("seed.iso")
+	if err := s.cvmctlSeed(ctx, s.initdata, s.seed); err != nil {
+		return err
+	}
+	out, err := s.Run(ctx, nil, s.Program("cvmctl"), "measure", "pcr", "--uki", s.uki(), "--initdata", s.initdata, "--output", "json")
+	if err != nil {
+		return err
+	}
+	var predicted struct {
+		PCRs map[string]string `json:"pcrs"`
+	}
+	if err := json.Unmarshal([]byte(out), &predicted); err != nil {
+		return err
+	}
+	if s.pcr8 = predicted.PCRs["8"]; len(s.pcr8) != 64 {
+		return fmt.Errorf("cvmctl measure pcr --initdata predicts PCR 8 as %q", s.pcr8)
+	}
+	return nil
+}
+
+func (s *scene) cvmctlSeed(ctx context.Context, initdata, out string) error {
+	_, err := s.Run(ctx, nil, s.Program("cvmctl"), "seed", "--initdata", initdata, "--hostname", "e2e", "--out", out)
+	return err
+}
