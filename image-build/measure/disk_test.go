@@ -217,3 +217,12 @@ func FuzzFAT(f *testing.F) {
 		_, _ = fromDisk(madeDisk(esp, nil))
 	})
 }
+
+// The bytes are sfdisk's for its type U: what this package writes in its other
+// tests would agree with any mistake in the constant.
+func TestTypeOfTheSystemPartition(t *testing.T) {
+	want := [16]byte{0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b}
+	if guidESP != want {
+		t.Errorf("%x, expected %x", guidESP, want)
+	}
+}

@@ -11,7 +11,7 @@ const sector = 512
 
 const maxPartitions = 128
 
-var guidESP = guid("c12a7328-f81f-11d2-ba4b-00c04fc93ec9")
+var guidESP = guid("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 
 // findESP finds the one EFI system partition of a GPT disk (UEFI 2.10, section
 // 5.3): the primary header and its entries, by their checksums. The backup is
