@@ -89,8 +89,9 @@ type Source struct {
 	Policy Policy
 	Now    func() time.Time // nil: time.Now; for the age of what is in memory
 
-	mu    sync.Mutex
-	known map[string]entry
+	mu      sync.Mutex
+	known   map[string]entry
+	missing map[string]entry // apart: a peer can ask for any number of chips that there are not
 }
 
 type entry struct {
@@ -111,6 +112,9 @@ func (s *Source) Get(ctx context.Context, address string) (*Piece, error) {
 	}
 	s.mu.Lock()
 	e, ok := s.known[address]
+	if !ok || !now().Before(e.until) {
+		e, ok = s.missing[address]
+	}
 	s.mu.Unlock()
 	if ok && now().Before(e.until) {
 		return e.piece, e.err
@@ -129,10 +133,14 @@ func (s *Source) Get(ctx context.Context, address string) (*Piece, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.known == nil || len(s.known) >= maxEntries {
-		s.known = map[string]entry{}
+	to := &s.known
+	if err != nil {
+		to = &s.missing
 	}
-	s.known[address] = entry{p, err, now().Add(keep)}
+	if *to == nil || len(*to) >= maxEntries {
+		*to = map[string]entry{}
+	}
+	(*to)[address] = entry{p, err, now().Add(keep)}
 	return p, err
 }
 

@@ -2,6 +2,7 @@ package collateral
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -57,6 +58,35 @@ func TestDirectoryThenProxy(t *testing.T) {
 	}
 	if len(asked) != 2 || asked[0] != "/mirror/vendor.invalid/c?x=1&y=2" {
 		t.Fatalf("the proxy was asked for %q", asked)
+	}
+}
+
+// Whoever forges reports can name chips without end: the lists that everybody
+// needs are not driven out by what is not there.
+func TestWhatIsMissingDrivesNothingOut(t *testing.T) {
+	asked := 0
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked++
+		_, _ = w.Write([]byte("a list"))
+	}))
+	defer proxy.Close()
+	base, _ := url.Parse(proxy.URL)
+	s := &Source{Proxy: base, Client: proxy.Client()}
+	const list = "https://vendor.invalid/crl"
+	if _, err := s.Get(t.Context(), list); err != nil {
+		t.Fatal(err)
+	}
+	s.Client = nil // from here on nothing is found
+	for i := range maxEntries + 10 {
+		if _, err := s.Get(t.Context(), fmt.Sprintf("https://vendor.invalid/vcek/%d", i)); !errors.Is(err, ErrMissing) {
+			t.Fatal(err)
+		}
+	}
+	if p, err := s.Get(t.Context(), list); err != nil || string(p.Body) != "a list" || asked != 1 {
+		t.Errorf("%v; the proxy was asked %d times", err, asked)
+	}
+	if n := len(s.missing); n > maxEntries {
+		t.Errorf("%d addresses are kept as missing", n)
 	}
 }
 
