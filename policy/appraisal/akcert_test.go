@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
+
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/tpmtest"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -144,6 +146,26 @@ func TestAKCertificate(t *testing.T) {
 	}
 	if loose.Verdict.Outcome(CheckAKAttributes) != Failed || loose.Facts.Identity != "" {
 		t.Errorf("an unrestricted key: %+v", loose.Verdict.Checks)
+	}
+	// The certificate is of the key alone: what else a TPMT_PUBLIC says is the
+	// peer's word, and must not make another instance of the same key.
+	again := start(t, tpmtest.ECC, good)
+	first, err := again.appraise(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := tpm2.Unmarshal[tpm2.TPMTPublic](again.in.Pending.AKPublic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub.ObjectAttributes.NoDA = !pub.ObjectAttributes.NoDA
+	again.in.Pending.AKPublic = tpm2.Marshal(pub)
+	second, err := again.appraise(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first.Facts.Identity == "" || second.Verdict.Outcome(CheckAKBound) != Passed || second.Facts.Identity != first.Facts.Identity {
+		t.Errorf("one AK is %q and %q", first.Facts.Identity, second.Facts.Identity)
 	}
 	// Both, or neither, is no way to choose the weaker one.
 	for what, auth := range map[string]*kbs.CVMAgentAuth{

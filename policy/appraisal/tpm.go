@@ -126,7 +126,12 @@ func (v *TPM) bindAK(t *Verdict, facts *Facts, in Input, ev *kbs.TPMEvidence, ac
 	}
 	bound := vouched && len(wrong) == 0 && bytes.Equal(a.spki, ev.AKPublic)
 	t.Check(bound, CheckAKBound, "the quote's key in the TPM of a trusted EK, or certified", "AK "+a.Name())
-	if bound {
+	switch {
+	case bound && len(in.Pending.AKCert) > 0:
+		// A certificate names the key alone. The rest of TPMT_PUBLIC is the peer's
+		// word, and by a Name of it one key would be any number of instances.
+		facts.Identity = "tpm-ak:" + quoteKey
+	case bound:
 		facts.Identity = "tpm:" + a.Name()
 	}
 }
