@@ -120,7 +120,7 @@ func Command() *cobra.Command {
 	f.StringVar(&o.Broker.URL, "broker-url", "", "key broker, https://host[:port]")
 	f.StringVar(&o.Broker.CAFile, "broker-ca", "", "PEM roots of the broker's certificate")
 	f.StringVar(&o.Broker.TokenFile, "broker-token-file", "", "file with the broker's admin token")
-	f.StringArrayVar(&o.Broker.Launch, "rule-launch", nil, "FILE with the known launches (as `cvmctl measure` prints them) that the release rule is limited to, repeatable; without one no rule is set for a TEE")
+	f.StringVar(&o.Broker.Launch, "rule-launch", "", "FILE with the known launches that the release rule is limited to, as cvmctl measure prints them (for SEV-SNP with tcb.snp.minimum), or reference values; without it no rule is set for a TEE")
 	f.StringArrayVar(&o.Broker.EKRoots, "rule-ek-roots", nil, "root set of the broker that the release rule is limited to, repeatable")
 	f.StringArrayVar(&o.Broker.Signers, "rule-signer", nil, "SHA-256 of a policy signer's SPKI for the release rule, repeatable (default: --sign-policy-key's)")
 

@@ -83,17 +83,18 @@ func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, r
 		EKRoots:    r.o.Broker.EKRoots,
 		Policy:     &adminclient.PolicyRule{Names: []string{doc.Name}, Signers: signers, MinimumVersion: doc.MinimumVersion},
 		Images:     []string{res.ManifestDigest},
+		TCB:        r.o.launches.TCB,
 	}
 	for _, p := range doc.Platforms {
 		rule.Platforms = append(rule.Platforms, string(p))
-		for _, l := range r.o.launches {
+		for _, l := range r.o.launches.Launch {
 			if l.Platform == string(p) {
 				rule.Launch = append(rule.Launch, l)
 			}
 		}
 	}
 	if err := rule.Validate(); err != nil {
-		return "none set (" + err.Error() + "; --rule-launch gives launches): the key is released to nobody until a rule is set", nil
+		return "none set (" + err.Error() + "; --rule-launch gives both): the key is released to nobody until a rule is set", nil
 	}
 	if err := keys.PutRule(ctx, res.KeyResource, rule); err != nil {
 		return "", failed(cause.BrokerUnavailable, "set release rule", err)
@@ -104,38 +105,42 @@ func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, r
 }
 
 // maxLaunches bounds a file of launches, in bytes.
-const maxLaunches = 512 << 10
+const maxLaunches = release.MaxReferenceSize
 
-// readLaunches reads files of `cvmctl measure`, or whole reference documents.
-func readLaunches(files []string) (all []release.Launch, err error) {
-	for _, path := range files {
-		data, err := bounded.ReadFile(path, maxLaunches)
+// launches is what of a reference document a rule needs.
+type launches struct {
+	Launch []release.Launch `json:"launch"`
+	TCB    *release.TCB     `json:"tcb,omitempty"`
+}
+
+// readLaunches reads a file of `cvmctl measure`, where tcb may be added, or a
+// whole reference document.
+func readLaunches(path string) (*launches, error) {
+	if path == "" {
+		return &launches{}, nil
+	}
+	data, err := bounded.ReadFile(path, maxLaunches)
+	if err != nil {
+		return nil, cause.New(cause.Usage, "--rule-launch: %w", err)
+	}
+	if bytes.Contains(data, []byte(release.ReferenceAPIVersion)) {
+		d, err := release.DecodeReferenceYAML(data)
 		if err != nil {
-			return nil, cause.New(cause.Usage, "--rule-launch: %w", err)
+			return nil, err
 		}
-		if bytes.Contains(data, []byte(release.ReferenceAPIVersion)) {
-			d, err := release.DecodeReferenceYAML(data)
-			if err != nil {
-				return nil, err
-			}
-			all = append(all, d.Launch...)
-			continue
-		}
-		var d struct {
-			Launch []release.Launch `json:"launch"`
-		}
-		if _, err := bounded.DecodeYAML(data, &d, bounded.Limits{Bytes: maxLaunches, Depth: 8}); err != nil {
+		return &launches{d.Launch, &d.TCB}, nil
+	}
+	var d launches
+	if _, err := bounded.DecodeYAML(data, &d, bounded.Limits{Bytes: maxLaunches, Depth: 8}); err != nil {
+		return nil, cause.New(cause.Usage, "--rule-launch: %s: %w", path, err)
+	}
+	if len(d.Launch) == 0 {
+		return nil, cause.New(cause.Usage, "--rule-launch: %s has no launch", path)
+	}
+	for _, l := range d.Launch {
+		if err := l.Validate(); err != nil {
 			return nil, cause.New(cause.Usage, "--rule-launch: %s: %w", path, err)
 		}
-		for _, l := range d.Launch {
-			if err := l.Validate(); err != nil {
-				return nil, cause.New(cause.Usage, "--rule-launch: %s: %w", path, err)
-			}
-		}
-		if len(d.Launch) == 0 {
-			return nil, cause.New(cause.Usage, "--rule-launch: %s has no launch", path)
-		}
-		all = append(all, d.Launch...)
 	}
-	return all, nil
+	return &d, nil
 }

@@ -19,7 +19,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 
 	"github.com/cc-runtime/cvm-agent/policy"
-	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
@@ -58,7 +57,7 @@ type Options struct {
 	Now     func() time.Time
 
 	openBroker func() (keyBroker, error) // tests hold the broker; nil: adminclient
-	launches   []release.Launch          // of Broker.Launch
+	launches   *launches                 // of Broker.Launch, once checked
 }
 
 // BuildOptions is how podman builds the Containerfile.
@@ -85,7 +84,7 @@ type BrokerOptions struct {
 	TokenFile string
 	EKRoots   []string // names of the broker's root sets that the release rule is limited to
 	Signers   []string // SHA-256 of SPKI of the policy's signers; default: Policy.SignKey's
-	Launch    []string // files with the launches that the rule is limited to, as `cvmctl measure` prints them
+	Launch    string   // file with the launches that the rule is limited to, as `cvmctl measure` prints them, and tcb
 }
 
 func (b BrokerOptions) used() bool { return b.URL != "" && b.TokenFile != "" }

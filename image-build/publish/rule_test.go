@@ -12,27 +12,33 @@ import (
 // A TEE's report says who was launched by its measurement alone: without one
 // the broker is told nothing, and the key goes to nobody.
 func TestRuleForATEENamesItsLaunches(t *testing.T) {
-	text := "launch:\n- {label: one, platform: snp, snp: {measurement: '" + strings.Repeat("a1", 48) + "'}}\n"
+	launch := "launch:\n- {label: one, platform: snp, snp: {measurement: '" + strings.Repeat("a1", 48) + "'}}\n"
+	text := launch + "tcb: {snp: {minimum: {Milan: {bootloader: 4, tee: 0, snp: 22, microcode: 213}}}}\n"
 	file := filepath.Join(t.TempDir(), "launch.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	old := filepath.Join(t.TempDir(), "old.yaml")
+	if err := os.WriteFile(old, []byte(launch), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		platforms []policy.Platform
-		files     []string
+		file      string
 		set       bool
 		launches  int
 	}{
-		"SNP with its launch":            {[]policy.Platform{policy.PlatformSNP}, []string{file}, true, 1},
-		"SNP without":                    {[]policy.Platform{policy.PlatformSNP}, nil, false, 0},
-		"SNP with, TDX without":          {[]policy.Platform{policy.PlatformSNP, policy.PlatformTDX}, []string{file}, false, 0},
-		"a bare TPM, which names no TEE": {[]policy.Platform{policy.PlatformTPM}, nil, true, 0},
+		"SNP with its launch":                         {[]policy.Platform{policy.PlatformSNP}, file, true, 1},
+		"SNP without":                                 {[]policy.Platform{policy.PlatformSNP}, "", false, 0},
+		"SNP with, TDX without":                       {[]policy.Platform{policy.PlatformSNP, policy.PlatformTDX}, file, false, 0},
+		"a bare TPM, which names no TEE":              {[]policy.Platform{policy.PlatformTPM}, "", true, 0},
+		"SNP with its launch, on firmware of any age": {[]policy.Platform{policy.PlatformSNP}, old, false, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newMemoryBroker()
 			o := Options{Broker: BrokerOptions{Signers: []string{strings.Repeat("a", 64)}}}
 			var err error
-			if o.launches, err = readLaunches(c.files); err != nil {
+			if o.launches, err = readLaunches(c.file); err != nil {
 				t.Fatal(err)
 			}
 			res := &Result{KeyResource: "kbs:///a/b/c", ManifestDigest: "sha256:" + strings.Repeat("b", 64)}
@@ -47,7 +53,7 @@ func TestRuleForATEENamesItsLaunches(t *testing.T) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := readLaunches([]string{file}); err == nil {
+		if _, err := readLaunches(file); err == nil {
 			t.Errorf("%s was taken", name)
 		}
 	}

@@ -45,7 +45,9 @@ type Rule struct {
 	// left out: any launch, which PCRs may narrow.
 	Launch    []Launch `json:"launch,omitempty"`
 	AnyLaunch bool     `json:"anyLaunch,omitempty"`
-	// TCB says which firmware is good enough. Left out, its defaults hold.
+	// TCB says which firmware is good enough. Left out, its defaults hold. Beside
+	// launches of SEV-SNP tcb.snp.minimum is needed: the signing key of old
+	// firmware can be another's by now, and signs any measurement.
 	TCB *TCB `json:"tcb,omitempty"`
 }
 
@@ -119,6 +121,9 @@ func (r Rule) Validate() error {
 	for _, p := range r.Platforms {
 		if r.launchNeeded(p) {
 			return fmt.Errorf("launch is missing: without it any guest on %s can say that it is the one meant; set launch, or anyLaunch: true", p)
+		}
+		if HasSNP(p) && !r.AnyLaunch && (r.TCB == nil || r.TCB.SNP == nil || len(r.TCB.SNP.Minimum) == 0) {
+			return fmt.Errorf("tcb.snp.minimum is missing: %s is among platforms", p)
 		}
 	}
 	if (r.Policy != nil) == r.AnyPolicy {

@@ -46,6 +46,11 @@ func TestDecodeRule(t *testing.T) {
 			t.Errorf("any launch of %s, in so many words: %v", platforms, err)
 		}
 	}
+	whole := replace("[tpm]", "[snp]") + "launch: [{label: a, platform: snp, snp: {measurement: \"" + strings.Repeat("1", 96) + "\"}}]\n" +
+		"tcb: {snp: {minimum: {Milan: {bootloader: 4, tee: 0, snp: 22, microcode: 213}}}}\n"
+	if _, err := DecodeRule([]byte(whole)); err != nil {
+		t.Error(err)
+	}
 	for what, in := range map[string]string{
 		"an unknown field":             goodRule + "anything: 1\n",
 		"a duplicate key":              goodRule + "platforms: [snp]\n",
@@ -69,6 +74,7 @@ func TestDecodeRule(t *testing.T) {
 		"a TEE without a launch":       replace("[tpm]", "[snp]"),
 		"one TEE of two platforms":     replace("[tpm]", "[tpm, az-tdx-vtpm]"),
 		"launch and anyLaunch":         goodRule + "anyLaunch: true\nlaunch: [{label: a, platform: tpm, pcrs: {\"4\": " + ones + ", \"9\": " + ones + ", \"11\": " + ones + ", \"12\": " + zeros + ", \"13\": " + zeros + "}}]\n",
+		"SNP firmware of any age":      replace("[tpm]", "[snp]") + "launch: [{label: a, platform: snp, snp: {measurement: \"" + strings.Repeat("1", 96) + "\"}}]\n",
 		"nothing":                      "",
 	} {
 		if _, err := DecodeRule([]byte(in)); err == nil {
