@@ -31,7 +31,7 @@ golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint     v2.15.0
 # that `make build` makes uses cgo. postgresql and softhsm2 are what the
 # broker's storage and KEK are tested against.
 packages='ca-certificates crun curl gcc git iproute2 jq libc6-dev make mmdebstrap
-podman postgresql procps runc skopeo softhsm2 swtpm swtpm-tools uidmap zstd'
+podman postgresql procps runc skopeo softhsm2 swtpm swtpm-tools systemd uidmap zstd'
 
 # The image's own tools run in a chroot of their own (image-build/guest); these
 # make and fill it. `make test` needs none of them.
