@@ -86,7 +86,7 @@ printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure -
 find "$i" -type d -exec chmod 755 {} +
 find "$i" -type f ! -name init -exec chmod 644 {} +
 find "$i" -exec touch -h -d "@$epoch" {} +
-in_tools "$work" sh -c 'cd /mnt/initrd && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet --reproducible -o -H newc -R 0:0 >/mnt/initrd.cpio'
+in_tools "$work" sh -c 'cd /mnt/initrd && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet --reproducible -o -H newc -R 0:0 | zstd -q -15 -T1 >/mnt/initrd.cpio'
 took "$t" "initrd"
 
 t=$(now)
