@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help deps build broker-pkcs11 test race lint fuzz bench demo clean \
-	image image-debug image-repro image-lock
+	image image-debug image-check image-repro image-lock
 
 # Static binaries without cgo. The tags are the same everywhere, so that builds,
 # tests and the linter share one cache: an OpenPGP without gpgme, podman's
@@ -96,6 +96,9 @@ image: build ## the guest image into bin/image: SIGNERS=FP,FP [THRESHOLD=N FLOOR
 image-debug: build ## its debug variant, measured as such, into bin/image-debug
 	@sh tests/deps.sh image
 	@$(IMAGE_SEAL) --debug --out bin/image-debug
+
+image-check: ## tests of the built image: what can log in, what listens, what is enabled, what is in it
+	@$(AS_ROOT) env GOFLAGS='$(GOFLAGS)' CGO_ENABLED=0 image-build/guest/check.sh $(or $(IMAGE),bin/image)
 
 image-repro: ## builds everything twice, in two directories, and compares bit for bit
 	@sh tests/deps.sh image

@@ -32,8 +32,7 @@ export LC_ALL=C.UTF-8 TZ=UTC SOURCE_DATE_EPOCH="$epoch"
 mkdir -p "$cache"
 
 # The tools chroot, unpacked in the cache.
-tools_stamp=$(grep '^tools ' "$here/packages.lock" | cat - "$here/chroot.sh" | sha256sum | cut -c1-16)
-tools=$cache/tools-$tools_stamp
+tools=$cache/tools-$(tools_stamp)
 export tools
 
 make_tools() {
@@ -53,7 +52,7 @@ make_tools() {
 
 base_stamp() {
 	{
-		(cd "$repo" && find image-build/guest units -type f ! -name '*.md' ! -name '*_test.go' ! -name seal.sh ! -name build.sh -print0 | LC_ALL=C sort -z | xargs -0 sha256sum)
+		(cd "$repo" && find image-build/guest units -type f ! -name '*.md' ! -name '*_test.go' ! -path '*/testdata/*' ! -name seal.sh ! -name build.sh ! -name check.sh ! -name repro.sh -print0 | LC_ALL=C sort -z | xargs -0 sha256sum)
 		sha256sum <"$bin/cvm-agent"
 		sha256sum <"$bin/cvm-sbom"
 		echo "$KERNEL_GROUP"
@@ -61,7 +60,7 @@ base_stamp() {
 }
 
 base() {
-	for p in cvm-agent cvm-sbom cvm-early; do [ -x "$bin/$p" ] || die "$bin/$p is missing: make build"; done
+	for p in cvm-agent cvm-sbom cvm-early cvmctl; do [ -x "$bin/$p" ] || die "$bin/$p is missing: make build"; done
 	out=$cache/base-$(base_stamp)
 	exec 7>"$cache/.lock"
 	flock 7
@@ -111,6 +110,8 @@ base() {
 		mv "$work/out" "$out"
 		rm -rf "$work"
 		trap - EXIT
+		# Old roots go; not the latest, which another seal may be reading.
+		find "$cache" -maxdepth 1 -name 'base-*' -mmin +120 -exec rm -rf {} +
 	fi
 	flock -u 7
 	printf '%s\n' "$out"

@@ -40,3 +40,6 @@ in_tools() {
 		mount --rbind /proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --bind "$1" "$0/mnt" && shift &&
 		exec chroot "$0" env SOURCE_DATE_EPOCH='"$epoch"' TZ=UTC LC_ALL=C.UTF-8 PATH=/usr/sbin:/usr/bin "$@"' "$tools" "$dir" "$@"
 }
+
+# tools_stamp names the tools chroot in the cache.
+tools_stamp() { grep '^tools ' "$here/packages.lock" | cat - "$here/chroot.sh" | sha256sum | cut -c1-16; }

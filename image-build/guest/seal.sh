@@ -137,7 +137,9 @@ took "$t" "disk"
 mkdir -p "$out"
 cp "$base/sbom.spdx.json" "$work/"
 jq --arg early "$(sha256sum <"$bin/cvm-early" | cut -d' ' -f1)" '.programs["/init"] = $early' "$base/manifest.json" >"$work/manifest.json"
-artefacts='disk.raw uki.efi vmlinuz initrd.cpio cmdline root.squashfs root.verity roothash manifest.json sbom.spdx.json'
+# What a TPM holds once this image has booted, from the files alone.
+"$bin/cvmctl" measure pcr --uki "$work/uki.efi" --format reference-values --label "cvm-guest-$(cut -c1-16 "$base/roothash")" >"$work/reference-values.yaml"
+artefacts='disk.raw uki.efi vmlinuz initrd.cpio cmdline root.squashfs root.verity roothash manifest.json sbom.spdx.json reference-values.yaml'
 for f in $artefacts; do
 	printf '%s\t%s\t%s\n' "$f" "$(stat -c %s "$work/$f")" "$(sha256sum <"$work/$f" | cut -d' ' -f1)"
 done >"$work/files"

@@ -16,9 +16,10 @@ type PCRConfig struct {
 	Initdata *policy.Initdata
 }
 
-// DefaultPhases are those of an image whose /init is no systemd: the initrd's
-// words are missing.
-var DefaultPhases = []string{"sysinit", "ready"}
+// DefaultPhases are those of this project's image: none, since it has no
+// systemd-pcrphase and a quote is the same at any time after the start. An image
+// that has it and whose /init is no systemd measures sysinit, ready.
+var DefaultPhases = []string{}
 
 // PCRAssumptions is what PCRs stands on.
 var PCRAssumptions = []string{
@@ -26,7 +27,7 @@ var PCRAssumptions = []string{
 	"PCR 4, 9: firmware starts the UKI as its first boot option from the ESP, no boot loader before it",
 	"PCR 9, 11: systemd-stub 257 and a Linux EFI stub that measures command line and initrd (6.12 does)",
 	"PCR 9: load options, SMBIOS and the ESP add nothing to command line and initrd; PCR 12 and 13 are zero then",
-	"PCR 11: no phase after the last one named here was reached",
+	"PCR 11: systemd-pcrphase has measured the phases named here, and no other",
 }
 
 // PCRs predicts the PCRs of a booted UKI, by index, in lowercase hex.

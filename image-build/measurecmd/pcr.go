@@ -28,7 +28,7 @@ func pcrCommand() *cobra.Command {
 		Short: "Predict PCRs 4, 9, 11, 12 and 13 of a booted image, and 8 for an initdata",
 		Long: "Pcr prints what a TPM's PCRs (SHA-256) hold once the image has booted from its disk. With --image the\n" +
 			"UKI is /EFI/BOOT/BOOTX64.EFI of the disk's EFI system partition. PCR 11 depends on how far the boot\n" +
-			"has come: sysinit:ready is what the agent sees in an image whose /init is not systemd.\n" +
+			"has come where systemd-pcrphase is: sysinit:ready if /init is not systemd. This project's image has none.\n" +
 			"A launch entry never names PCR 8: the launch policy, which release rules name, is what it holds.",
 		Example: "  cvmctl measure pcr --image disk.raw --initdata initdata.toml\n" +
 			"  cvmctl measure pcr --uki uki.efi --format reference-values --label guest-1.4 --into reference.yaml",
