@@ -2,6 +2,13 @@ package boot
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,7 +19,9 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/seedcmd"
 	"github.com/cc-runtime/cvm-agent/initrd/disk"
 	"github.com/cc-runtime/cvm-agent/initrd/seed"
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
 )
 
 const hash = "00112233445566778899aabbccddeeff0123456789abcdef0123456789abcdef"
@@ -85,7 +94,7 @@ func TestLesson02_TheCommandLineIsHeldToTheByte(t *testing.T) {
 
 // Lesson 2, 41, 42: what a host can say in SMBIOS ends the boot.
 func TestLesson02_ASeedNamedBySMBIOSIsRefused(t *testing.T) {
-	table := "\x01\x1b\x00\x01\x01\x02\x03\x04QEMU\x00Standard PC\x00%s\x00\x00\x7f\x04\xff\xfe\x00\x00"
+	table := "\x01\x1b\x00\x01\x81\xfe\xff\x04QEMU\x00Standard PC\x00%s\x00\x00\x7f\x04\xff\xfe\x00\x00"
 	if err := checkSMBIOS([]byte(strings.Replace(table, "%s", "serial-1", 1))); err != nil {
 		t.Error(err)
 	}
@@ -95,7 +104,7 @@ func TestLesson02_ASeedNamedBySMBIOSIsRefused(t *testing.T) {
 		"io.systemd.stub.kernel-cmdline-extra=rd.break", "io.systemd.boot.kernel-cmdline-extra=x",
 	} {
 		err := checkSMBIOS([]byte(strings.Replace(table, "%s", word, 1)))
-		if cause.Of(err) != cause.SMBIOSRefused || strings.Contains(err.Error(), "QEMU") {
+		if cause.Of(err) != cause.SMBIOSRefused || !strings.Contains(err.Error(), "hold \""+word+"\"") {
 			t.Errorf("%s: %v", word, err)
 		}
 	}
@@ -145,6 +154,83 @@ func TestLesson06_NothingIsUsedBeforeItIsMeasured(t *testing.T) {
 		a, b := slices.Index(order, pair[0]), slices.Index(order, pair[1])
 		if a < 0 || b < 0 || a >= b {
 			t.Errorf("%s does not come before %s in %v", pair[0], pair[1], order)
+		}
+	}
+}
+
+type signer struct{ key *ecdsa.PrivateKey }
+
+func (s signer) PublicKey() crypto.PublicKey { return s.key.Public() }
+
+func (s signer) Sign(message []byte) ([]byte, error) {
+	sum := sha256.Sum256(message)
+	return ecdsa.SignASN1(rand.Reader, s.key, sum[:])
+}
+
+// Who signs, how many and how old: the measured image says, before the root is
+// opened.
+func TestThePolicyIsOpenedUnderTheImagesTrust(t *testing.T) {
+	keys := make([]dsse.Signer, 2)
+	var prints []string
+	for i := range keys {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[i] = signer{key}
+		print, err := dsse.Fingerprint(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		prints = append(prints, print)
+	}
+	text, err := os.ReadFile("../../policy/examples/minimal.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.DecodeYAML(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Version = 5
+	initdata := func(signer dsse.Signer) *policy.Initdata {
+		envelope, err := policy.Sign(p, signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := x509.MarshalPKIXPublicKey(signer.PublicKey())
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := policy.PackInitdata("sha256", map[string]string{policy.KeyPolicy: string(envelope),
+			policy.KeySigners: string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := policy.ParseInitdata(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return in
+	}
+	for name, c := range map[string]struct {
+		signer    dsse.Signer
+		signers   []string
+		threshold int
+		floor     uint64
+		code      cause.Code
+	}{
+		"the image's signer":         {keys[0], prints[:1], 1, 5, ""},
+		"one of two":                 {keys[1], prints, 1, 1, ""},
+		"another signer":             {keys[1], prints[:1], 1, 1, cause.PolicySignature},
+		"too few":                    {keys[0], prints, 2, 1, cause.PolicySignature},
+		"an older version":           {keys[0], prints[:1], 1, 6, cause.PolicyBelowFloor},
+		"an image that trusts none":  {keys[0], nil, 1, 1, cause.Config},
+		"an image that asks for few": {keys[0], prints, 0, 1, cause.Config},
+	} {
+		s := &stage{config: &Config{Signers: c.signers, Threshold: c.threshold, VersionFloor: c.floor}, initdata: initdata(c.signer)}
+		if err := s.checkPolicy(context.Background()); cause.Of(err) != c.code {
+			t.Errorf("%s: %v, expected %q", name, err, c.code)
 		}
 	}
 }

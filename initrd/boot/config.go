@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"regexp"
 	"strings"
 	"time"
@@ -99,16 +100,21 @@ func checkCmdline(expected string, got []byte) error {
 // smbiosWords are what a host can say in SMBIOS strings to programs that come
 // after us: systemd's credentials, its stub's command line, cloud-init's
 // datasource. All are refused, though the command line turns each of them off.
-var smbiosWords = []string{"io.systemd.", "ds=nocloud", "ds=nocloud-net"}
+var smbiosWords = []string{"io.systemd.", "ds=nocloud"}
 
 // checkSMBIOS looks for the words in the whole table, in whatever structure
 // they are: no parser of ours has to agree with another's.
 func checkSMBIOS(table []byte) error {
-	low := strings.ToLower(string(table))
+	low := make([]byte, 0, len(table))
+	for _, c := range table { // ASCII alone: offsets stay
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		low = append(low, c)
+	}
 	for _, w := range smbiosWords {
-		if i := strings.Index(low, w); i >= 0 {
-			end := min(i+80, len(table))
-			word, _, _ := strings.Cut(string(table[i:end]), "\x00")
+		if i := bytes.Index(low, []byte(w)); i >= 0 {
+			word, _, _ := bytes.Cut(table[i:min(i+80, len(table))], []byte{0})
 			return cause.New(cause.SMBIOSRefused, "the SMBIOS tables hold %.80q", word)
 		}
 	}

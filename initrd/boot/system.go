@@ -171,7 +171,9 @@ func (s *stage) scratch(ctx context.Context) error {
 }
 
 // scratchDisk makes the encrypted device and a file system on it, with the
-// root's own mke2fs. The key is not in the program's reach.
+// root's own mke2fs; the key is not in that program's reach. No journal: there
+// is nothing to recover. No copies of the superblock: they are written in part,
+// and a sector never written cannot be read to be completed.
 func (s *stage) scratchDisk(ctx context.Context) (string, error) {
 	var part string
 	err := poll(ctx, settle, func() (bool, error) {
@@ -193,7 +195,7 @@ func (s *stage) scratchDisk(ctx context.Context) (string, error) {
 		return "", cause.Wrap(cause.ScratchFailed, err)
 	}
 	cmd := exec.CommandContext(ctx, "/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0",
-		"-O", "^has_journal,^resize_inode", "-E", "nodiscard,lazy_itable_init=0", node)
+		"-O", "^has_journal,^resize_inode,^sparse_super,sparse_super2", "-E", "nodiscard,lazy_itable_init=0,num_backup_sb=0", node)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: sysroot}
 	cmd.Dir, cmd.Env = "/", []string{"PATH=/usr/sbin:/usr/bin", "MKE2FS_SYNC=0"}
 	out, err := cmd.CombinedOutput()
