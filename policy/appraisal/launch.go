@@ -78,6 +78,9 @@ func registerRTMR3(f *TDXFacts) logRegister {
 // covers it, and is checked elsewhere.
 var noRegister = logRegister{name: "report_data"}
 
+// noReport stands for noRegister where no genuine report is there to cover a log.
+var noReport = logRegister{name: "a report that counts"}
+
 func (r logRegister) replayed(log *eventlog.Replayed) string {
 	if r.name == "RTMR3" {
 		return hex.EncodeToString(log.SHA384[:])
@@ -104,17 +107,18 @@ func checkLog(t *Verdict, facts *Facts, log []byte, dialect string, reg logRegis
 		t.Fail(CheckEventLog, expected, "the evidence does not cover "+reg.name)
 		return
 	}
+	// Before the replay: a large log takes sixty times as long as the rest of an
+	// appraisal, which a peer without genuine evidence is not given.
+	if reg == noRegister && t.Outcome(CheckReportData) != Passed {
+		t.Fail(CheckEventLog, expected, "report_data did not pass")
+		return
+	}
 	r, err := eventlog.Replay(log)
 	if err != nil {
 		t.Fail(CheckEventLog, expected, err.Error())
 		return
 	}
-	if reg == noRegister {
-		if t.Outcome(CheckReportData) != Passed {
-			t.Fail(CheckEventLog, expected, "report_data did not pass")
-			return
-		}
-	} else if got := reg.replayed(r); got != reg.value {
+	if got := reg.replayed(r); reg != noRegister && got != reg.value {
 		t.Fail(CheckEventLog, reg.name+" "+reg.value, "replay "+got)
 		return
 	}

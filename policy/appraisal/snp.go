@@ -102,7 +102,9 @@ func (v *SNP) appraise(raw []byte, certs []kbs.SNPCert, in Input, lowest uint32)
 	proven := v.judge(t, raw, certs, in, lowest)
 	checkReportField(t, in, raw[0x50:0x90])
 	var host SNPFacts // what is not proven binds nothing
+	reg := noReport
 	if proven != nil {
+		reg = noRegister
 		facts.SNP, host = proven, *proven
 		facts.Identity = "snp:" + proven.ReportID
 	}
@@ -110,7 +112,7 @@ func (v *SNP) appraise(raw []byte, certs []kbs.SNPCert, in Input, lowest uint32)
 	if in.Dialect == kbs.Dialect {
 		t.Require(CheckEventLog)
 	}
-	checkLog(t, &facts, add.EventLog, in.Dialect, noRegister)
+	checkLog(t, &facts, add.EventLog, in.Dialect, reg)
 	notChecked(t, &facts, add, others)
 	for _, c := range certs {
 		if kind, ok := strings.CutPrefix(string(c.Type), "OTHER:"); ok {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/cc-runtime/cvm-agent/agent/eventlog"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
 
 // pcr14 is a register in memory.
@@ -47,4 +48,27 @@ func snpLog(t testing.TB, name ...string) []byte {
 	t.Helper()
 	log, _ := logOf(t, append(name, "shop")[0])
 	return log
+}
+
+// A log is replayed for who has genuine evidence: the row says that nothing
+// covers it, where a replay would have found what is wrong with it.
+func TestALogThatNothingCoversIsNotReplayed(t *testing.T) {
+	verdict, facts := NewVerdict(), Facts{}
+	broken := []byte("no log at all")
+	for name, c := range map[string]struct {
+		reg  logRegister
+		data func()
+	}{
+		"SNP without a genuine report":   {noReport, func() { verdict.Pass(CheckReportData, "", "") }},
+		"SNP with another's report_data": {noRegister, func() { verdict.Fail(CheckReportData, "", "") }},
+		"a register without a value":     {logRegister{name: "PCR 14"}, func() {}},
+	} {
+		verdict = NewVerdict()
+		c.data()
+		checkLog(verdict, &facts, broken, kbs.Dialect, c.reg)
+		row := verdict.Checks[len(verdict.Checks)-1]
+		if row.Outcome != Failed || facts.Log != nil || strings.Contains(row.Found, "event log") {
+			t.Errorf("%s: %+v", name, row)
+		}
+	}
 }
