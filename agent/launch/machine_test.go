@@ -170,6 +170,22 @@ func TestVSOCKIsRefused(t *testing.T) {
 	}
 }
 
+func TestMachineConfig(t *testing.T) {
+	const trust = "trust: {signers: [" + "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" + "]}\n"
+	c, err := DecodeConfig([]byte(trust + "powerOffOnDestroy: true\nfailureWait: 60s\ncontrolSerial: \"\"\n"))
+	if err != nil || !c.PowerOffOnDestroy || c.FailureWait != time.Minute || c.ControlSerial != "" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err = DecodeConfig([]byte(trust)); err != nil || c.PowerOffOnDestroy || c.FailureWait != 0 || c.ControlSerial != "/dev/virtio-ports/org.cvm-agent.control" {
+		t.Errorf("by default: %+v, %v", c, err)
+	}
+	for _, bad := range []string{"failureWait: 11m", "failureWait: -1s", "controlSerial: port", "powerOffOnDestroy: maybe"} {
+		if _, err := DecodeConfig([]byte(trust + bad + "\n")); err == nil {
+			t.Errorf("%s is accepted", bad)
+		}
+	}
+}
+
 // The whole way: a policy opens the port, the host asks and orders over it.
 func TestSerialOrder(t *testing.T) {
 	k := dssetest.New(t, "ecdsa")
