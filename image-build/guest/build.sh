@@ -101,7 +101,7 @@ base() {
 		took "$t" "verity"
 		cp "$work"/kernel/boot/vmlinuz-* "$work/out/vmlinuz"
 		basename "$work"/kernel/usr/lib/modules/* >"$work/out/release"
-		cp -R "$work/early" "$work/early.modules" "$work/manifest.json" "$work/sbom.spdx.json" "$work/out/"
+		cp -R "$work/early" "$work/early.modules" "$work/scratch.modules" "$work/device.json" "$work/manifest.json" "$work/sbom.spdx.json" "$work/out/"
 		cp "$work/root/usr/lib/os-release" "$work/out/os-release"
 		(cd "$work/root" && find . -xdev -type f -printf '%s\t%P\n' | LC_ALL=C sort -rn | head -n 10) >"$work/out/largest"
 		(cd "$work/root" && du -sk --apparent-size . | cut -f1) >"$work/out/root.kib"

@@ -33,20 +33,30 @@ awk 'NR == FNR { want["kernel/" $1] = 1; next } $1 in want { for (i = 1; i <= NF
 		cp "$kernel/usr/lib/modules/$release/$f" "$mods/$f"
 	done
 mkdir -p "$work/early/usr/lib/modules"
-sed -n 's/^early //p' "$here/modules.list" | while read -r name; do
+builtin=$kernel/usr/lib/modules/$release/modules.builtin
+# chain NAME: the module's files in load order, what it depends on first; nothing when it is built in.
+chain() {
 	# modules.dep lists what must be loaded first last.
-	awk -v n="$name" '{ b = $1; sub(/.*\//, "", b); sub(/\.ko.*/, "", b); gsub(/_/, "-", b); gsub(/_/, "-", n)
-		if (b == n) { for (i = NF; i >= 1; i--) print $i; found = 1 } } END { if (!found) print "builtin " n }' "$work/deps"
-done | awk '!seen[$0]++' >"$work/early.order"
-grep '^builtin' "$work/early.order" | while read -r _ name; do
-	grep -q "/$(echo "$name" | tr '-' '?' | sed 's/?/[-_]/g')\.ko" "$kernel/usr/lib/modules/$release/modules.builtin" ||
-		die "modules.list names $name, which this kernel has not"
+	awk -v n="$1" 'function plain(s) { sub(/.*\//, "", s); sub(/\.ko.*/, "", s); gsub(/_/, "-", s); return s }
+		plain($1) == plain(n) { for (i = NF; i >= 1; i--) print $i; found = 1 } END { exit !found }' "$work/deps" ||
+		grep -qE "/$(echo "$1" | sed 's/[-_]/[-_]/g')\.ko" "$builtin" || die "modules.list names $1, which this kernel has not"
+}
+# names PATHS-OF-FILES: unpacks them for the initrd, prints their names there.
+names() {
+	while read -r f; do
+		name=$(basename "${f%.xz}")
+		[ -e "$work/early/usr/lib/modules/$name" ] || xz -dc "$kernel/usr/lib/modules/$release/$f" >"$work/early/usr/lib/modules/$name"
+		echo "$name"
+	done
+}
+for group in early scratch; do
+	for name in $(sed -n "s/^$group //p" "$here/modules.list"); do chain "$name" || exit 1; done | awk '!seen[$0]++' | names >"$work/$group.modules"
 done
-grep -v '^builtin' "$work/early.order" | while read -r f; do
-	name=$(basename "${f%.xz}")
-	xz -dc "$kernel/usr/lib/modules/$release/$f" >"$work/early/usr/lib/modules/$name"
-	echo "$name"
-done >"$work/early.modules"
+for name in $(sed -n 's/^device //p' "$here/modules.list"); do
+	chain "$name" | names >"$work/chain"
+	in_tools "$work" modinfo -F alias "/mnt/early/usr/lib/modules/$(tail -n 1 "$work/chain")" | grep -vE '^(block-major|of:)' |
+		jq -Rn --rawfile chain "$work/chain" '{aliases: [inputs], modules: ($chain | split("\n") | map(select(. != "")))}'
+done | jq -s . >"$work/device.json"
 rm -rf "$work/mods.all"
 in_tools "$root" depmod -b /mnt "$release"
 rm -f "$mods"/modules.alias "$mods"/modules.dep "$mods"/modules.symbols "$mods"/modules.builtin.alias "$mods"/modules.builtin.modinfo

@@ -58,12 +58,17 @@ printf %s "$cmdline" >"$work/cmdline"
 # The initrd: early stage, its configuration, the agent's, modules.
 i=$work/initrd
 mkdir -p "$i/etc/cvm-agent" "$i/usr/lib" "$i/proc" "$i/sys" "$i/dev" "$i/run" "$i/sysroot"
-cp -R "$base/early/usr/lib/modules" "$i/usr/lib/modules"
+mkdir "$i/usr/lib/modules"
+cat "$base/early.modules" >"$work/modules"
+[ $scratch = tmpfs ] || cat "$base/scratch.modules" >>"$work/modules"
+{ cat "$work/modules" && jq -r '.[].modules[]' "$base/device.json"; } | sort -u | while read -r f; do
+	cp "$base/early/usr/lib/modules/$f" "$i/usr/lib/modules/"
+done
 install -m 755 "$bin/cvm-early" "$i/init"
-printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure --arg scratch $scratch --rawfile modules "$base/early.modules" \
+printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure --arg scratch $scratch --rawfile modules "$work/modules" --slurpfile devices "$base/device.json" \
 	--argjson threshold "$threshold" --argjson floor "$floor" --argjson debug $debug \
 	'{cmdline: $cmdline, signers: [inputs | select(. != "")], threshold: $threshold, versionFloor: $floor, debug: $debug,
-	onFailure: $failure, waitSeconds: 60, modules: ($modules | split("\n") | map(select(. != ""))), scratch: $scratch}' >"$i/etc/cvm-agent/early.json"
+	onFailure: $failure, waitSeconds: 60, modules: ($modules | split("\n") | map(select(. != ""))), devices: $devices[0], scratch: $scratch}' >"$i/etc/cvm-agent/early.json"
 {
 	echo "# Written by image-build/guest/seal.sh; part of the measured initrd."
 	echo "initdata: /run/cvm-agent/initdata.toml"

@@ -32,6 +32,7 @@ const (
 	configPath = "/etc/cvm-agent/early.json"
 	agentYAML  = "/etc/cvm-agent/agent.yaml"
 	moduleDir  = "/usr/lib/modules"
+	sysAliases = "/sys"
 	smbiosPath = "/sys/firmware/dmi/tables/DMI"
 	tpmSpec    = "device:/dev/tpmrm0"
 	handover   = "/run/cvm-agent"
@@ -51,6 +52,7 @@ type stage struct {
 	seed     *seed.Seed
 	initdata *policy.Initdata
 	bound    string
+	loaded   map[int]bool // whose modules are loaded, by index in Devices
 }
 
 // step is one step of the boot.
@@ -142,7 +144,28 @@ func (s *stage) smbios(context.Context) error {
 }
 
 func (s *stage) modules(context.Context) error {
-	return loadModules(moduleDir, s.config.Modules)
+	if err := loadModules(moduleDir, s.config.Modules); err != nil {
+		return err
+	}
+	return s.plugged()
+}
+
+// plugged loads the modules of devices that have shown up, each once: a
+// controller's module may show more. It is asked again while disks are awaited.
+func (s *stage) plugged() error {
+	for i, d := range s.config.Devices {
+		if s.loaded[i] || !present(sysAliases, d.Aliases) {
+			continue
+		}
+		if err := loadModules(moduleDir, d.Modules); err != nil {
+			return err
+		}
+		if s.loaded == nil {
+			s.loaded = map[int]bool{}
+		}
+		s.loaded[i] = true
+	}
+	return nil
 }
 
 func (s *stage) registers(ctx context.Context) (err error) {
@@ -157,7 +180,10 @@ func (s *stage) registers(ctx context.Context) (err error) {
 func (s *stage) readSeed(ctx context.Context) error {
 	var seeds []string
 	err := poll(ctx, settle, func() (bool, error) {
-		var err error
+		err := s.plugged()
+		if err != nil {
+			return false, err
+		}
 		if seeds, err = findSeeds(disk.Linux); err != nil {
 			return false, err
 		}

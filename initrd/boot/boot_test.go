@@ -319,3 +319,31 @@ func FuzzDecodeConfig(f *testing.F) {
 		}
 	})
 }
+
+func TestPresent(t *testing.T) {
+	sys := t.TempDir()
+	for file, alias := range map[string]string{
+		"bus/virtio/devices/virtio1/modalias":     "virtio:d00000002v00001AF4\n",
+		"bus/platform/devices/sev-guest/modalias": "platform:sev-guest\n",
+		"devices/system/cpu/modalias":             "cpu:type:x86,ven0000fam0006mod008F:feature:,0000,0116,0117\n",
+	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(sys, file)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(sys, file), []byte(alias), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pattern, want := range map[string]bool{
+		"virtio:d00000002v*":                       true,
+		"virtio:d00000008v*":                       false,
+		"platform:sev-guest":                       true,
+		"cpu:type:x86,ven*fam*mod*:feature:*0116*": true,
+		"cpu:type:x86,ven*fam*mod*:feature:*0118*": false,
+		"acpi*:VMBUS:*":                            false,
+	} {
+		if got := present(sys, []string{"none", pattern}); got != want {
+			t.Errorf("%s: %t, expected %t", pattern, got, want)
+		}
+	}
+}

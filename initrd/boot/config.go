@@ -2,6 +2,7 @@ package boot
 
 import (
 	"bytes"
+	"path"
 	"regexp"
 	"strings"
 	"time"
@@ -21,7 +22,14 @@ type Config struct {
 	OnFailure    string   `json:"onFailure"`   // "poweroff" or "wait"
 	WaitSeconds  int      `json:"waitSeconds"` // before the power goes off, for "wait"
 	Modules      []string `json:"modules"`     // in load order, by name or by path below /usr/lib/modules
+	Devices      []Device `json:"devices"`     // modules that only a machine with the device needs
 	Scratch      string   `json:"scratch"`     // "tmpfs" or "disk"
+}
+
+// Device names the modules of a kind of device.
+type Device struct {
+	Aliases []string `json:"aliases"` // as modules.alias has them: patterns of a device's modalias
+	Modules []string `json:"modules"` // in load order
 }
 
 // The values of OnFailure and of Scratch.
@@ -63,10 +71,25 @@ func DecodeConfig(data []byte) (*Config, error) {
 		return bad("waitSeconds is %d, expected 0 to %d", c.WaitSeconds, maxWait)
 	case len(c.Modules) > maxModules:
 		return bad("%d modules, at most %d are accepted", len(c.Modules), maxModules)
+	case len(c.Devices) > maxModules:
+		return bad("%d devices, at most %d are accepted", len(c.Devices), maxModules)
+	case !patterns(c.Devices):
+		return bad("devices has an alias that is no pattern")
 	case c.Scratch != scratchTmpfs && c.Scratch != scratchDisk:
 		return bad("scratch is %q, expected %s or %s", c.Scratch, scratchTmpfs, scratchDisk)
 	}
 	return &c, nil
+}
+
+func patterns(devices []Device) bool {
+	for _, d := range devices {
+		for _, a := range d.Aliases {
+			if _, err := path.Match(a, ""); err != nil {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 func (c *Config) rootHash() string { return rootHashWord.FindStringSubmatch(c.Cmdline)[1] }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -76,6 +77,24 @@ func loadModules(dir string, names []string) error {
 		}
 	}
 	return nil
+}
+
+// present says whether a device, or the processor, has a modalias that one of
+// the patterns fits.
+func present(sys string, patterns []string) bool {
+	shown, _ := filepath.Glob(sys + "/bus/*/devices/*/modalias") // the pattern is sound
+	for _, file := range append(shown, sys+"/devices/system/cpu/modalias") {
+		alias, err := os.ReadFile(file) // the kernel bounds it
+		if err != nil {
+			continue // unplugged
+		}
+		for _, p := range patterns {
+			if fits, _ := path.Match(p, strings.TrimSpace(string(alias))); fits {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // moduleFiles maps the names of modules to their files.
