@@ -9,11 +9,13 @@ import (
 
 // What initdata can need, outside strings and comments. The TOML library's time
 // is quadratic in the number of keys (2 MiB of short ones keep it busy for
-// minutes), and it nests 10000 deep: both are bounded before it sees a byte.
+// minutes), it nests 10000 deep, and an array of 10⁶ numbers costs it 130 MB:
+// all are bounded before it sees a byte.
 const (
 	maxTOMLPairs    = maxInitdataEntries + 2 // "=": version, algorithm and the entries of [data]
 	maxTOMLBrackets = 16                     // "[" and "{": [data], or data = {…}
 	maxTOMLDots     = 256                    // dotted keys, which only a refused document has many of
+	maxTOMLCommas   = maxTOMLPairs           // between the entries of data = {…}
 
 	maxInitdataEntries = 64
 )
@@ -22,7 +24,7 @@ const (
 // TOML grammar could disagree the document is not TOML, and the parser stops
 // there: what it has read until then was counted.
 func checkShape(raw []byte) error {
-	pairs, brackets, dots := 0, 0, 0
+	pairs, brackets, dots, commas := 0, 0, 0, 0
 	for i := 0; i < len(raw); {
 		switch raw[i] {
 		case '"', '\'':
@@ -41,12 +43,16 @@ func checkShape(raw []byte) error {
 			brackets++
 		case '.':
 			dots++
+		case ',':
+			commas++
 		}
 		i++
 	}
 	switch {
 	case pairs > maxTOMLPairs:
 		return fmt.Errorf("%d entries, at most %d are accepted: %w", pairs, maxTOMLPairs, bounded.ErrTooLarge)
+	case commas > maxTOMLCommas:
+		return fmt.Errorf("lists of %d members, at most %d are accepted: %w", commas+1, maxTOMLCommas, bounded.ErrTooLarge)
 	case brackets > maxTOMLBrackets || dots > maxTOMLDots:
 		return fmt.Errorf("%d tables and arrays and %d dots, expected [data] and no more: %w", brackets, dots, bounded.ErrDepth)
 	}

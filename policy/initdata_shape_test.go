@@ -1,12 +1,14 @@
 package policy_test
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -44,6 +46,22 @@ func TestHostileInitdataIsRefusedInLinearTime(t *testing.T) {
 		if took := time.Since(begun); took > 2*time.Second {
 			t.Errorf("%s: took %s", name, took)
 		}
+	}
+}
+
+// A million numbers took the library 130 MB, only to be refused as no string.
+func TestALongArrayIsRefusedBeforeItIsParsed(t *testing.T) {
+	head := "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n"
+	if _, err := policy.ParseInitdata([]byte(head + "a = [" + strings.Repeat("1,", 1_000_000) + "1]\n")); !errors.Is(err, bounded.ErrTooLarge) {
+		t.Errorf("%v", err)
+	}
+	// An inline table has as many entries as any other.
+	inline := "version = \"0.1.0\"\nalgorithm = \"sha256\"\ndata = { "
+	for i := range 63 {
+		inline += fmt.Sprintf("k%d = 'x', ", i)
+	}
+	if in, err := policy.ParseInitdata([]byte(inline + "last = 'x' }\n")); err != nil || len(in.Data) != 64 {
+		t.Errorf("64 entries of an inline table: %v", err)
 	}
 }
 

@@ -38,13 +38,13 @@ func checkLaunch(t *Verdict, facts *Facts, initdata []byte, field launchField) {
 		t.Skip(CheckLaunch, "", "the evidence came without init-data")
 		return
 	}
+	if field.value == "" { // before the text is parsed, for it costs the peer nothing
+		t.Fail(CheckLaunch, field.expected, "the evidence does not cover it")
+		return
+	}
 	in, err := policy.ParseInitdata(initdata)
 	if err != nil {
 		t.Fail(CheckLaunch, field.expected, err.Error())
-		return
-	}
-	if field.value == "" {
-		t.Fail(CheckLaunch, field.expected, "the evidence does not cover it")
 		return
 	}
 	value, err := hex.DecodeString(field.value)

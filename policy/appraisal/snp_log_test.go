@@ -72,3 +72,13 @@ func TestALogThatNothingCoversIsNotReplayed(t *testing.T) {
 		}
 	}
 }
+
+// The same of init-data: its text is parsed once the register that it is held
+// against is proven.
+func TestInitdataThatNothingCoversIsNotParsed(t *testing.T) {
+	verdict, facts := NewVerdict(), Facts{}
+	checkLaunch(verdict, &facts, []byte("no init-data at all"), launchHostData(&SNPFacts{}))
+	if row := verdict.Checks[0]; row.Outcome != Failed || facts.Launch != nil || !strings.Contains(row.Found, "does not cover") {
+		t.Errorf("%+v", row)
+	}
+}
