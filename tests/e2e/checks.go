@@ -18,7 +18,7 @@ type check struct {
 	do         func(context.Context) error
 }
 
-// errSkipped is a check that was not reached: it counts as failed.
+// errNotReached is a check that was not reached: it counts as failed.
 var errNotReached = errors.New("not reached")
 
 // report prints checks as they end and counts them.

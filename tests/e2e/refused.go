@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 
 	"github.com/kdomanski/iso9660"
 
@@ -21,7 +22,7 @@ type refusals struct{ *scene }
 
 // refused is a line of the early stage.
 func refused(code, text string) *regexp.Regexp {
-	return regexp.MustCompile(`cvm-early: refused: ` + code + `: .*` + text + `.*`)
+	return regexp.MustCompile(`cvm-early: refused: ` + code + `: [^\n]*` + text + `[^\n]*\n`)
 }
 
 func (r *refusals) checks() []check {
@@ -80,7 +81,7 @@ func (r *refusals) boot(ctx context.Context, name string, want *regexp.Regexp, p
 	}
 	line, err := vm.WaitConsole(ctx, bootWithin, want)
 	if err == nil {
-		r.report.say("     %s", line)
+		r.report.say("     %s", strings.TrimSpace(line))
 		err = vm.WaitOff(ctx, offWithin)
 	}
 	vm.Kill()

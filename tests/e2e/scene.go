@@ -266,7 +266,8 @@ func (s *scene) setReference(ctx context.Context, index, value string) error {
 		return err
 	}
 	file := s.Path("policy", fmt.Sprintf("reference-%d.yaml", s.reference))
-	if err := s.write(file, string(document)); err != nil {
+	// JSON is YAML, but by itself it would have to be canonical.
+	if err := s.write(file, "# "+file+"\n"+string(document)+"\n"); err != nil {
 		return err
 	}
 	signed, err := s.SignPolicy(ctx, file)

@@ -34,12 +34,6 @@ type story struct {
 	early   string    // the early stage's line on the console
 	earlyAt time.Time // when it was seen
 	spent   []byte    // the upgrade's order, which was carried out
-	mark    struct {  // the challenge in it
-		Challenge  string `json:"challenge"`
-		InstanceID string `json:"instanceID"`
-		BootID     string `json:"bootID"`
-		Policy     string `json:"policy"`
-	}
 }
 
 func (s *story) checks() []check {
@@ -67,7 +61,7 @@ func (s *story) measured(ctx context.Context) (err error) {
 		return err
 	}
 	s.agent = newSerial(s.vm)
-	if s.early, err = s.vm.WaitConsole(ctx, bootWithin, regexp.MustCompile(`cvm-early: .*`)); err != nil {
+	if s.early, err = s.vm.WaitConsole(ctx, bootWithin, regexp.MustCompile(`cvm-early: [^\n]*\n`)); err != nil {
 		return err
 	}
 	s.earlyAt = time.Now()
@@ -239,14 +233,11 @@ func (s *story) powerOff(ctx context.Context) error { return s.vm.WaitOff(ctx, o
 // stays in orders/challenge.json.
 func (s *story) sign(ctx context.Context, keys *rig.Keys, operation string, version uint64) ([]byte, error) {
 	file := s.Path("orders", "challenge.json")
-	if err := s.agent.get(ctx, askWithin, "/v1/challenge", &s.mark); err != nil {
+	var challenge json.RawMessage
+	if err := s.agent.get(ctx, askWithin, "/v1/challenge", &challenge); err != nil {
 		return nil, err
 	}
-	data, err := json.Marshal(s.mark)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.write(file, string(data)); err != nil {
+	if err := s.write(file, string(challenge)); err != nil {
 		return nil, err
 	}
 	return s.signOver(ctx, keys, operation, version, file)
