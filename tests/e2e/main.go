@@ -44,15 +44,16 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	}
 	began := time.Now()
 	s := &scene{}
-	tale, bad := (&story{scene: s}).checks(), (&refusals{s}).checks()
+	image, tale, bad := s.checks(), (&story{scene: s}).checks(), (&refusals{s}).checks()
 	if *only != "" {
 		var err error
+		image = nil
 		if tale, bad, err = choose(*only, tale, bad); err != nil {
 			fmt.Fprintln(os.Stderr, "cvm-e2e:", err)
 			return 2
 		}
 	}
-	s.report = newReport(out, *verbose, tale, bad)
+	s.report = newReport(out, *verbose, image, tale, bad)
 	r, err := rig.New(rig.Options{Out: s.report, Keep: *keep})
 	if err == nil && os.Geteuid() != 0 {
 		err = errors.New("run as root: it builds an image and runs containers")
@@ -65,6 +66,7 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	if err := s.prepare(ctx); err != nil {
 		s.report.say("preparation failed: %s", err)
 	} else {
+		s.report.run(ctx, image, false)
 		var lanes sync.WaitGroup
 		lanes.Go(func() { s.report.run(ctx, tale, true) })
 		lanes.Go(func() { s.report.run(ctx, bad, false) })

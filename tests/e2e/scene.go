@@ -182,6 +182,23 @@ func (s *scene) seal(ctx context.Context) error {
 	return err
 }
 
+// checks are those of the image that take no machine.
+func (s *scene) checks() []check {
+	return []check{{"image", "nothing in the image can log in, nothing listens or is enabled that is not listed", s.listed}}
+}
+
+func (s *scene) listed(ctx context.Context) error {
+	root, err := rig.Root()
+	if err != nil {
+		return err
+	}
+	out, err := s.Run(ctx, nil, filepath.Join(root, "image-build", "guest", "check.sh"), s.image)
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, out)
+	}
+	return err
+}
+
 func (s *scene) disk() string { return filepath.Join(s.image, "disk.raw") }
 func (s *scene) uki() string  { return filepath.Join(s.image, "uki.efi") }
 
