@@ -215,7 +215,7 @@ func TestAgentDialectEndToEnd(t *testing.T) {
 		check  string
 		change func(r *release.Rule)
 	}{
-		"another platform":  {appraisal.CheckPlatform, func(r *release.Rule) { r.Platforms = []string{"snp"} }},
+		"another platform":  {appraisal.CheckPlatform, func(r *release.Rule) { r.Platforms, r.AnyLaunch = []string{"snp"}, true }},
 		"another root set":  {appraisal.CheckEKRoots, func(r *release.Rule) { r.EKRoots = []string{"other"} }},
 		"another policy":    {appraisal.CheckLaunchPolicy, func(r *release.Rule) { r.Policy.Names = []string{"bank"} }},
 		"another signer":    {appraisal.CheckLaunchPolicy, func(r *release.Rule) { r.Policy.Signers = []string{strings.Repeat("a", 64)} }},

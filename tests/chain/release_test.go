@@ -76,7 +76,7 @@ func TestARuleThatIsNotTheGuestsRefusesTheKey(t *testing.T) {
 		"a higher version":    {appraisal.CheckPolicyVersion, func(r *release.Rule) { r.Policy.MinimumVersion = 3 }},
 		"another image":       {appraisal.CheckImage, func(r *release.Rule) { r.Images = []string{other} }},
 		"another maker's TPM": {appraisal.CheckEKRoots, func(r *release.Rule) { r.EKRoots = []string{"other"} }},
-		"another platform":    {appraisal.CheckPlatform, func(r *release.Rule) { r.Platforms = []string{"tdx"} }},
+		"another platform":    {appraisal.CheckPlatform, func(r *release.Rule) { r.Platforms, r.AnyLaunch = []string{"tdx"}, true }},
 		"a debug register":    {"pcr-12", func(r *release.Rule) { r.PCRs = map[string][]string{"12": {strings.Repeat("1", 64)}} }},
 	} {
 		rule := v.rule()
