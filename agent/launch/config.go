@@ -30,11 +30,14 @@ type Config struct {
 	StateDir       string         `yaml:"stateDir"` // survives the daemon; holds the destroy latch
 	RunDir         string         `yaml:"runDir"`   // on a tmpfs: event log, committed policy, secrets
 	Storage        Storage        `yaml:"storage"`
-	PodmanSocket   string         `yaml:"podmanSocket"`
-	ControlSocket  string         `yaml:"controlSocket"`
-	ControlSerial  string         `yaml:"controlSerial"` // virtio-serial port, served only while the policy says so; "": none
-	SocketGroup    string         `yaml:"socketGroup"`   // name or number
-	SBOMProgram    string         `yaml:"sbomProgram"`
+	// Mirrors are those of the policy's that this site uses, by registry host;
+	// the early stage adds what the seed chose. Unset: all.
+	Mirrors       map[string][]string `yaml:"mirrors"`
+	PodmanSocket  string              `yaml:"podmanSocket"`
+	ControlSocket string              `yaml:"controlSocket"`
+	ControlSerial string              `yaml:"controlSerial"` // virtio-serial port, served only while the policy says so; "": none
+	SocketGroup   string              `yaml:"socketGroup"`   // name or number
+	SBOMProgram   string              `yaml:"sbomProgram"`
 	// RequireBrokerMark says whether a launch needs the broker's signed version
 	// mark. Unset: yes when the policy names a broker of dialect cvm-agent/1.
 	RequireBrokerMark *bool `yaml:"requireBrokerMark"`

@@ -17,8 +17,13 @@ import (
 )
 
 func (r real) Images(v *policy.Verified, onWait func(error, time.Duration)) (Images, error) {
+	// What an upgrade's policy no longer allows is left out, as the policy says.
+	registries, refused := policy.ChooseMirrors(v.Policy.Registries, r.config.Mirrors)
+	if len(refused) > 0 {
+		r.logger.Warn("mirrors that the policy does not allow are not asked", "mirrors", refused)
+	}
 	c, err := image.New(image.Config{GraphRoot: r.config.Storage.GraphRoot, RunRoot: r.config.Storage.RunRoot,
-		Registries: v.Policy.Registries, StateDir: filepath.Join(r.config.StateDir, "images"), Logger: r.logger, OnWait: onWait})
+		Registries: registries, StateDir: filepath.Join(r.config.StateDir, "images"), Logger: r.logger, OnWait: onWait})
 	if err != nil {
 		return nil, err
 	}

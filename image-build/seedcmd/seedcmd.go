@@ -29,6 +29,7 @@ const maxImage = 8 << 20
 // code.
 func Command() *cobra.Command {
 	var initdata, hostname, network, extra, out string
+	var mirrors []string
 	c := &cobra.Command{
 		Use:   "seed --initdata FILE --out FILE",
 		Short: "Make the seed disk of a guest, and check one",
@@ -42,6 +43,7 @@ func Command() *cobra.Command {
 	f.StringVar(&hostname, "hostname", "", "host `NAME` of the guest, one DNS label")
 	f.StringVar(&network, "network-config", "", "network configuration `FILE`, cloud-init's version 2")
 	f.StringVar(&extra, "user-data-extra", "", "`FILE` with more keys of user-data: fqdn, timezone, locale, ntp")
+	f.StringArrayVar(&mirrors, "mirror", nil, "`REGISTRY=MIRROR`, one of the policy's mirrors that is to be tried; may be repeated, the first is tried first")
 	f.StringVar(&out, "out", "", "`FILE` for the image; - is standard output")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		for name, value := range map[string]string{"initdata": initdata, "out": out} {
@@ -49,7 +51,7 @@ func Command() *cobra.Command {
 				return cause.New(cause.Usage, "%s: --%s is missing", c.CommandPath(), name)
 			}
 		}
-		image, err := compose(initdata, hostname, network, extra)
+		image, err := compose(initdata, hostname, network, extra, mirrors)
 		if err != nil {
 			return err
 		}
@@ -64,7 +66,15 @@ func Command() *cobra.Command {
 }
 
 // compose makes the image from the files that the flags name.
-func compose(initdata, hostname, network, extra string) ([]byte, error) {
+func compose(initdata, hostname, network, extra string, mirrors []string) ([]byte, error) {
+	chosen := map[string][]string{}
+	for _, m := range mirrors {
+		registry, mirror, ok := strings.Cut(m, "=")
+		if !ok {
+			return nil, cause.New(cause.Usage, "--mirror is %q, expected REGISTRY=MIRROR", m)
+		}
+		chosen[registry] = append(chosen[registry], mirror)
+	}
 	raw, err := bounded.ReadFile(initdata, policy.MaxInitdata)
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
@@ -84,7 +94,7 @@ func compose(initdata, hostname, network, extra string) ([]byte, error) {
 			return nil, cause.Wrap(cause.Usage, err)
 		}
 	}
-	if files[seed.UserDataFile], err = userData(raw, hostname, more); err != nil {
+	if files[seed.UserDataFile], err = userData(raw, hostname, more, chosen); err != nil {
 		return nil, err
 	}
 	s, err := seed.Parse(files)
@@ -108,7 +118,7 @@ func instance(hostname string) string {
 
 // userData writes the file. Initdata is a block where that keeps each byte, for
 // people to read, and quoted else.
-func userData(initdata []byte, hostname string, extra []byte) ([]byte, error) {
+func userData(initdata []byte, hostname string, extra []byte, mirrors map[string][]string) ([]byte, error) {
 	var b bytes.Buffer
 	b.WriteString("#cloud-config\n")
 	if hostname != "" {
@@ -122,8 +132,15 @@ func userData(initdata []byte, hostname string, extra []byte) ([]byte, error) {
 		b.Write(bytes.TrimRight(extra, "\n"))
 		b.WriteByte('\n')
 	}
-	head := b.Bytes()
-	block := append(bytes.Clone(head), "cvm_agent:\n  initdata: |\n"...)
+	b.WriteString("cvm_agent:\n")
+	if len(mirrors) > 0 {
+		quoted, err := json.Marshal(mirrors)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(&b, "  mirrors: %s\n", quoted)
+	}
+	block := append(bytes.Clone(b.Bytes()), "  initdata: |\n"...)
 	for line := range strings.Lines(string(initdata)) {
 		if line != "\n" {
 			block = append(block, "    "...)
@@ -133,7 +150,7 @@ func userData(initdata []byte, hostname string, extra []byte) ([]byte, error) {
 	if s, err := seed.Parse(seed.Files{seed.UserDataFile: block}); err == nil && bytes.Equal(s.Initdata, initdata) {
 		return block, nil
 	}
-	b.WriteString("cvm_agent:\n  initdata: ")
+	b.WriteString("  initdata: ")
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
 	err := e.Encode(string(initdata))

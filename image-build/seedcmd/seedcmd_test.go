@@ -97,13 +97,13 @@ func TestInitdataSurvivesToTheByte(t *testing.T) {
 		"a comment like YAML": "# --- !!x &y *z | > % @ `\n" + packed(t, "{}"),
 		"other letters":       "# äöü\u2028\u0085\U0001F600<&>\n" + packed(t, "{}"),
 	} {
-		data, err := userData([]byte(text), "guest", nil)
+		data, err := userData([]byte(text), "guest", nil, map[string][]string{"a": {"b"}})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
 		s, err := seed.Parse(seed.Files{seed.UserDataFile: data})
-		if err != nil || string(s.Initdata) != text {
+		if err != nil || string(s.Initdata) != text || s.UserData.CVMAgent.Mirrors["a"][0] != "b" {
 			t.Errorf("%s: %v\n%q\n%q", name, err, data, text)
 		}
 	}
@@ -129,6 +129,8 @@ func TestSeedRefuses(t *testing.T) {
 		"initdata that is none":      {[]string{"--initdata", "broken.toml", "--out", "x.iso"}, cause.InitdataMalformed, "broken.toml"},
 		"a host name that is none":   {seedOf("--hostname", "a b"), cause.SeedRefused, "hostname"},
 		"a host name that injects":   {seedOf("--hostname", "a\nruncmd: [x]"), cause.SeedRefused, "hostname"},
+		"a mirror of nothing":        {seedOf("--mirror", "m1"), cause.Usage, "REGISTRY=MIRROR"},
+		"a mirror that is none":      {seedOf("--mirror", "a=http://b/"), cause.SeedRefused, "mirrors.a[0]"},
 		"a key that runs code":       {seedOf("--user-data-extra", "run"), cause.SeedRefused, "runcmd: not on the allow-list"},
 		"a network of version 1":     {seedOf("--network-config", "net1"), cause.SeedRefused, "config: not on the allow-list"},
 		"check: a key that runs":     {[]string{"check", "ud"}, cause.SeedRefused, "bootcmd: not on the allow-list"},

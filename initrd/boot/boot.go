@@ -8,6 +8,7 @@
 package boot
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -223,11 +224,18 @@ func (s *stage) bind(ctx context.Context) (err error) {
 	return s.launch.Close()
 }
 
-// checkPolicy opens the policy under the signers and the floor of this image.
+// checkPolicy opens the policy under the signers and the floor of this image,
+// and holds the seed's choice of mirrors against it.
 // The agent does it again: it takes no word from the early stage.
 func (s *stage) checkPolicy(context.Context) error {
-	_, err := policy.OpenInitdata(s.initdata, s.config.trust(), time.Now())
-	return err
+	v, err := policy.OpenInitdata(s.initdata, s.config.trust(), time.Now())
+	if err != nil {
+		return err
+	}
+	if _, refused := policy.ChooseMirrors(v.Policy.Registries, s.seed.UserData.CVMAgent.Mirrors); len(refused) > 0 {
+		return cause.New(cause.SeedRefused, "cvm_agent.mirrors: %s: the policy does not allow it", strings.Join(refused, ", "))
+	}
+	return nil
 }
 
 // handOver writes what the agent and cloud-init read: nothing else of the
@@ -241,7 +249,23 @@ func (s *stage) handOver(context.Context) error {
 	if err != nil {
 		return cause.New(cause.Config, "%w", err)
 	}
+	if yaml, err = withMirrors(yaml, s.seed.UserData.CVMAgent.Mirrors); err != nil {
+		return cause.Wrap(cause.EarlyFailed, err)
+	}
 	return cause.Wrap(cause.EarlyFailed, writeHandover(handover, s.seed.Initdata, yaml, clean))
+}
+
+// withMirrors adds the seed's choice to the agent's configuration, which must
+// not have one of its own. JSON is YAML of one reading.
+func withMirrors(yaml []byte, mirrors map[string][]string) ([]byte, error) {
+	if len(mirrors) == 0 {
+		return yaml, nil
+	}
+	text, err := json.Marshal(mirrors)
+	if err != nil {
+		return nil, err
+	}
+	return fmt.Appendf(bytes.TrimRight(yaml, "\n"), "\nmirrors: %s\n", text), nil
 }
 
 func writeHandover(dir string, initdata, agent []byte, clean seed.Files) error {

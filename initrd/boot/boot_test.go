@@ -228,10 +228,71 @@ func TestThePolicyIsOpenedUnderTheImagesTrust(t *testing.T) {
 		"an image that trusts none":  {keys[0], nil, 1, 1, cause.Config},
 		"an image that asks for few": {keys[0], prints, 0, 1, cause.Config},
 	} {
-		s := &stage{config: &Config{Signers: c.signers, Threshold: c.threshold, VersionFloor: c.floor}, initdata: initdata(c.signer)}
+		s := &stage{config: &Config{Signers: c.signers, Threshold: c.threshold, VersionFloor: c.floor}, initdata: initdata(c.signer), seed: &seed.Seed{}}
 		if err := s.checkPolicy(context.Background()); cause.Of(err) != c.code {
 			t.Errorf("%s: %v, expected %q", name, err, c.code)
 		}
+	}
+}
+
+// A seed may choose among the policy's mirrors, and add none.
+func TestMirrorsAreThePolicys(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	print, err := dsse.Fingerprint(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("../../policy/examples/minimal.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.DecodeYAML(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Registries = []policy.Registry{{Host: "registry.example.org", Mirrors: []string{"m1.example.org", "m2.example.org:5000"}}}
+	envelope, err := policy.Sign(p, signer{key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := dsse.MarshalPublicKeyPEM(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := policy.PackInitdata("sha256", map[string]string{policy.KeyPolicy: string(envelope), policy.KeySigners: string(public)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := policy.ParseInitdata(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		host, mirror string
+		code         cause.Code
+	}{
+		"one of the policy's":          {"registry.example.org", "m2.example.org:5000", ""},
+		"one that it does not have":    {"registry.example.org", "evil.example.org", cause.SeedRefused},
+		"for a registry it has not":    {"docker.io", "m1.example.org", cause.SeedRefused},
+		"one of another port":          {"registry.example.org", "m2.example.org", cause.SeedRefused},
+		"the registry's own name":      {"registry.example.org", "registry.example.org", cause.SeedRefused},
+		"one that differs in its case": {"registry.example.org", "M1.example.org", cause.SeedRefused},
+	} {
+		s := &stage{config: &Config{Signers: []string{print}, Threshold: 1, VersionFloor: 1}, initdata: in, seed: &seed.Seed{}}
+		s.seed.UserData.CVMAgent.Mirrors = map[string][]string{c.host: {c.mirror}}
+		if err := s.checkPolicy(context.Background()); cause.Of(err) != c.code {
+			t.Errorf("%s: %v, expected %q", name, err, c.code)
+		}
+	}
+	yaml, err := withMirrors([]byte("tpm: \"\"\n"), map[string][]string{"a": {"b", "c"}})
+	if err != nil || string(yaml) != "tpm: \"\"\nmirrors: {\"a\":[\"b\",\"c\"]}\n" {
+		t.Errorf("%q, %v", yaml, err)
+	}
+	if yaml, err = withMirrors([]byte("x"), nil); err != nil || string(yaml) != "x" {
+		t.Errorf("%q, %v", yaml, err)
 	}
 }
 

@@ -24,15 +24,17 @@ var (
 	ethernet  = regexp.MustCompile(`\A(en|eth)[a-z0-9]{0,12}\z`)
 	pattern   = regexp.MustCompile(`\A(en|eth)[a-z0-9]{0,12}\*?\z`)
 	ethernets = regexp.MustCompile(`\A[A-Za-z0-9][A-Za-z0-9_-]{0,31}\z`)
+	hostPort  = regexp.MustCompile(`\A([A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?\z`)
 	mac       = regexp.MustCompile(`\A[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}\z`)
 )
 
 const (
-	maxEthernets = 8
-	maxAddresses = 16
-	maxRoutes    = 32
-	maxServers   = 8
-	minMTU       = 576
+	maxEthernets  = 8
+	maxAddresses  = 16
+	maxRoutes     = 32
+	maxServers    = 8
+	maxRegistries = 16
+	minMTU        = 576
 )
 
 // refuse is a value that is not accepted, at a path that Locate knows.
@@ -76,6 +78,13 @@ func server(path, s string) error {
 	return refuse(path, "%.80q is no DNS name or address", s)
 }
 
+func registry(path, s string) error {
+	if hostPort.MatchString(s) {
+		return nil
+	}
+	return refuse(path, "%.80q is not host[:port]", s)
+}
+
 // isAddress: no zone, which could hold anything.
 func isAddress(s string) bool {
 	a, err := netip.ParseAddr(s)
@@ -106,6 +115,15 @@ func domain(path, s string) error {
 func (u *UserData) check() error {
 	if u.CVMAgent.Initdata == "" {
 		return refuse("cvm_agent.initdata", "is missing")
+	}
+	if len(u.CVMAgent.Mirrors) > maxRegistries {
+		return refuse("cvm_agent.mirrors", "%d registries, at most %d are accepted", len(u.CVMAgent.Mirrors), maxRegistries)
+	}
+	for _, host := range sortedKeys(u.CVMAgent.Mirrors) {
+		at := "cvm_agent.mirrors." + host
+		if err := first(registry(at, host), all(at, u.CVMAgent.Mirrors[host], maxServers, registry)); err != nil {
+			return err
+		}
 	}
 	if u.NTP != nil {
 		if len(u.NTP.Servers) == 0 {

@@ -26,6 +26,9 @@ type NTP struct {
 // CVMAgent is ours. cloud-init never sees it.
 type CVMAgent struct {
 	Initdata string `json:"initdata" jsonschema:"minLength=1"` // the initdata document, to the byte
+	// Mirrors chooses from the policy's, by registry host and in the order in
+	// which they are tried. Unset: all of them.
+	Mirrors map[string][]string `json:"mirrors,omitempty"`
 }
 
 // MetaData is the file meta-data.

@@ -140,6 +140,9 @@ func TestParseRefuses(t *testing.T) {
 	}{
 		"no section of ours":          {user: "#cloud-config\nhostname: a\n", code: cause.SeedRefused, says: "cvm_agent.initdata: is missing"},
 		"more in our section":         {user: userData("") + "  runcmd: [x]\n", code: cause.SeedRefused, says: "cvm_agent.runcmd: not on the allow-list"},
+		"a mirror that is none":       {user: userData("") + "  mirrors: {registry.example.org: [\"a b\"]}\n", code: cause.SeedRefused, says: "cvm_agent.mirrors.registry.example.org"},
+		"a mirror's path":             {user: userData("") + "  mirrors: {registry.example.org: [\"a/b\"]}\n", code: cause.SeedRefused, says: "host[:port]"},
+		"a proxy":                     {user: userData("") + "  proxy: http://192.0.2.1\n", code: cause.SeedRefused, says: "cvm_agent.proxy: not on"},
 		"a key twice":                 {user: userData("hostname: a\nhostname: b\n"), code: cause.SeedMalformed, says: "\"hostname\" already defined"},
 		"an alias":                    {user: userData("hostname: &a b\nfqdn: *a\n"), code: cause.SeedMalformed, says: "aliases"},
 		"a tag":                       {user: userData("hostname: !!python/object/apply:os.system [x]\n"), code: cause.SeedMalformed, says: "tags"},
