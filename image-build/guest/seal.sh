@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 base=$1
 shift
-out='' signers='' threshold=1 floor=1 debug=false failure=poweroff scratch=tmpfs
+out='' signers='' threshold=1 floor=1 debug=false failure=poweroff scratch=tmpfs thim=''
 while [ $# -gt 0 ]; do
 	case $1 in
 	--debug) debug=true; shift; continue ;;
@@ -19,6 +19,7 @@ while [ $# -gt 0 ]; do
 	--version-floor) floor=$2 ;;
 	--scratch) scratch=$2 ;;
 	--on-failure) failure=$2 ;;
+	--azure-thim) thim=$2 ;;
 	*) die "unknown option $1" ;;
 	esac
 	shift 2
@@ -26,6 +27,8 @@ done
 [ -n "$out" ] || die "seal takes --out DIR"
 case $threshold$floor in *[!0-9]*) die "--threshold and --version-floor take numbers" ;; esac
 case $scratch in tmpfs | disk) ;; *) die "--scratch is tmpfs or disk" ;; esac
+case $thim in '' | http://*) ;; *) die "--azure-thim takes a base URL, as http://169.254.169.254" ;; esac
+case $thim in *[!A-Za-z0-9:/._-]*) die "--azure-thim takes a base URL" ;; esac
 case $failure in poweroff | wait) ;; *) die "--on-failure is poweroff or wait" ;; esac
 list=$(printf '%s' "$signers" | tr ',' '\n' | grep . | LC_ALL=C sort -u || true)
 count=$(printf '%s\n' "$list" | grep -c . || true)
@@ -47,7 +50,7 @@ root_uuid=$(uuid "$(printf %s "$roothash" | cut -c1-32)")
 verity_uuid=$(uuid "$(printf %s "$roothash" | cut -c33-64)")
 
 # The command line. README.md says what each word is for.
-cmdline="console=ttyS0 roothash=$roothash ro systemd.import_credentials=no systemd.gpt_auto=no lockdown=integrity ds=nocloud;s=file:///run/cvm-agent/seed/ panic=-1"
+cmdline="console=ttyS0 roothash=$roothash ro systemd.import_credentials=no systemd.gpt_auto=no lockdown=integrity ds=nocloud;s=file:///run/cvm-agent/seed/ panic=-1 no_timer_check"
 if [ $debug = true ]; then
 	cmdline="$cmdline cvm.debug=1 systemd.journald.forward_to_console=1 systemd.show_status=yes"
 else
@@ -77,6 +80,7 @@ printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure -
 	echo "  threshold: $threshold"
 	echo "  versionFloor: $floor"
 	echo "tpm: device:/dev/tpmrm0"
+	[ -z "$thim" ] || echo "azure: {thim: \"$thim\"}"
 	echo "stateDir: /var/lib/cvm-agent"
 	echo "runDir: /run/cvm-agent"
 	echo "storage: {graphRoot: /var/lib/containers/storage, runRoot: /run/containers/storage}"
@@ -87,6 +91,8 @@ printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure -
 	[ $failure = poweroff ] || echo "failureWait: 60s"
 	echo "socketGroup: cvm-operators"
 	echo "sbomProgram: /usr/lib/cvm-agent/cvm-sbom"
+	echo "powerOffOnDestroy: true"
+	[ $failure = poweroff ] || echo "failureWait: 60s"
 } >"$i/etc/cvm-agent/agent.yaml"
 find "$i" -type d -exec chmod 755 {} +
 find "$i" -type f ! -name init -exec chmod 644 {} +
