@@ -94,6 +94,9 @@ func TestUnitsVerify(t *testing.T) {
 	for _, unit := range []string{"cvm-agent.service", "cvm-agent.socket", "cvm-agent.target", "cvm-sbom@image.service", "podman.service", "podman.socket"} {
 		out, err := analyze("verify", "--man=no", "--generators=no", "--root="+dir, unit)
 		for line := range strings.Lines(out) {
+			if strings.Contains(line, "Unknown key name 'RestartMode'") {
+				continue // the image's systemd is newer than Debian 12's
+			}
 			if strings.Contains(line, "cvm-") || strings.Contains(line, "podman") {
 				t.Errorf("%s: %s", unit, line)
 			}
@@ -155,8 +158,8 @@ func TestNoHalfOpenMachine(t *testing.T) {
 	if got := image["OnFailure"]; len(got) != 1 || got[0] != "poweroff.target" {
 		t.Errorf("OnFailure=%v", got)
 	}
-	if image["FailureAction"] != nil {
-		t.Error("FailureAction: one outage of the registry would end the machine (lesson 20)")
+	if got := image["RestartMode"]; image["FailureAction"] != nil || len(got) != 1 || got[0] != "direct" {
+		t.Error("one outage of the registry would end the machine (lesson 20)")
 	}
 	plain := directives(t, "cvm-agent.service")
 	for k := range image {
