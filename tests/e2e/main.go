@@ -38,12 +38,13 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("cvm-e2e", flag.ContinueOnError)
 	only := flags.String("only", "", "`NAME` of one refused boot, several with commas between; or story")
 	verbose := flags.Bool("v", false, "say what is started")
+	debug := flags.Bool("debug", false, "boot the debug variant, whose journal goes to the serial log")
 	keep := flags.Bool("keep", false, "leave the work directory")
 	if err := flags.Parse(args); err != nil || flags.NArg() > 0 {
 		return 2
 	}
 	began := time.Now()
-	s := &scene{}
+	s := &scene{debug: *debug}
 	image, tale, bad := s.checks(), (&story{scene: s}).checks(), (&refusals{s}).checks()
 	if *only != "" {
 		var err error

@@ -29,6 +29,7 @@ type scene struct {
 	report   *report
 	operator *rig.Keys // signs orders
 	accel    string
+	debug    bool // the image is the debug variant
 
 	image    string                      // directory of the sealed image
 	apps     map[uint64]*rig.Publication // by policy version
@@ -174,8 +175,12 @@ func (s *scene) seal(ctx context.Context) error {
 		return err
 	}
 	s.image = s.Path("image")
-	out, err := s.Run(ctx, []string{"CVM_BIN=" + s.Bin}, filepath.Join(root, "image-build", "guest", "build.sh"), "seal",
-		"--out", s.image, "--signers", owner, "--threshold", "1", "--version-floor", strconv.Itoa(floor))
+	argv := []string{filepath.Join(root, "image-build", "guest", "build.sh"), "seal",
+		"--out", s.image, "--signers", owner, "--threshold", "1", "--version-floor", strconv.Itoa(floor)}
+	if s.debug {
+		argv = append(argv, "--debug")
+	}
+	out, err := s.Run(ctx, []string{"CVM_BIN=" + s.Bin}, argv...)
 	if s.report.verbose {
 		s.report.say("%s", out)
 	}

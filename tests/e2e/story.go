@@ -71,25 +71,29 @@ func (s *story) measured(ctx context.Context) (err error) {
 	return nil
 }
 
-// audited waits for a record of the broker.
+// audited waits for a record of the broker. A refusal is final, and so is a
+// machine that is off.
 func (s *story) audited(ctx context.Context, op, resource string) error {
-	return rig.Eventually(ctx, bootWithin, func() error {
+	var final error
+	err := rig.Eventually(ctx, bootWithin, func() error {
+		running := s.vm.Running()
 		refused, err := s.Broker.Since(0, op, "refused", "")
-		if err == nil && len(refused) > 0 {
-			err = fmt.Errorf("the broker refused: %s", refused[0])
-		}
 		if err != nil {
 			return err
 		}
 		ok, err := s.Broker.Since(0, op, "ok", resource)
-		if err == nil && len(ok) == 0 {
-			err = fmt.Errorf("the audit log has no %s", op)
-		}
-		if err != nil && !s.vm.Running() {
-			return fmt.Errorf("the machine is off: %s", s.lastLines())
+		switch {
+		case err != nil:
+		case len(refused) > 0:
+			final = fmt.Errorf("the broker refused: %s", refused[0])
+		case len(ok) == 0 && !running:
+			final = fmt.Errorf("the machine is off: %s", s.lastLines())
+		case len(ok) == 0:
+			err = fmt.Errorf("the audit log has no %s: %s", op, s.lastLines())
 		}
 		return err
 	})
+	return errors.Join(final, err)
 }
 
 func (s *story) attested(ctx context.Context) error { return s.audited(ctx, "attest", "") }
@@ -105,7 +109,11 @@ func (s *story) ready(ctx context.Context) error {
 	if err := s.running(ctx, floor); err != nil {
 		return err
 	}
-	return s.reportBoot(ctx)
+	out, err := s.Run(ctx, nil, s.Program("cvmctl"), "control", "--serial", s.vm.Control, "status", "--output", "json")
+	if err == nil && !strings.Contains(out, s.apps[floor].ManifestDigest) {
+		err = fmt.Errorf("cvmctl control status does not name the image: %s", out)
+	}
+	return errors.Join(err, s.reportBoot(ctx))
 }
 
 func (s *story) waitState(ctx context.Context, want string) error {
