@@ -12,18 +12,34 @@ trap 'rm -rf "$work"' EXIT
 signer=$(printf 'image-repro' | sha256sum | cut -d' ' -f1)
 mkdir -p "$debs"
 
-for name in first a-directory-with-another-name; do
+names='first a-directory-with-another-name'
+for name in $names; do
 	tree=$work/$name/tree
 	mkdir -p "$tree" "$work/$name/cache/image"
 	(cd "$repo" && git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$tree")
 	ln -s "$debs" "$work/$name/cache/image/debs"
 	for t in "$cache"/tools-*; do [ ! -e "$t/.done" ] || ln -s "$t" "$work/$name/cache/image/"; done
-	say "build in $name"
-	make -s -C "$tree" build VERSION="$VERSION" >&2
-	for variant in '' --debug; do
-		CVM_CACHE=$work/$name/cache "$tree/image-build/guest/build.sh" seal --signers "$signer" $variant --out "$work/$name/image$variant" >/dev/null
-	done
 done
+
+# build NAME: programs, then both variants of the image.
+build() {
+	make -s -C "$work/$1/tree" build VERSION="$VERSION" &&
+		for variant in '' --debug; do
+			CVM_CACHE=$work/$1/cache "$work/$1/tree/image-build/guest/build.sh" seal --signers "$signer" $variant --out "$work/$1/image$variant" || return 1
+		done
+}
+pids=''
+for name in $names; do
+	build "$name" >"$work/$name/log" 2>&1 &
+	pids="$pids $!"
+done
+failed=0
+for pid in $pids; do wait "$pid" || failed=1; done
+for name in $names; do
+	[ $failed = 0 ] || tail -n 20 "$work/$name/log" >&2
+	grep -h '^image: .* s$' "$work/$name/log" | sed "s/^image:/image-repro: $name:/" >&2 || true
+done
+[ $failed = 0 ] || die "image-repro: a build failed"
 
 differ=0 same=0
 cd "$work/first"
