@@ -27,6 +27,14 @@ umask 022
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 2; }
 [ "${1:-}" != lock ] || exec "$here/lock.sh"
 [ "$(id -u)" = 0 ] || die "needs root: it makes files of every owner and runs chroots (no loop devices, no mounts outside its own namespace)"
+# Mounts are this process's own. Work is done in memory where there is enough:
+# dpkg writes and syncs thousands of files, and a disk makes minutes of it.
+[ -n "${CVM_IMAGE_NAMESPACE:-}" ] || exec unshare --mount --propagation private env CVM_IMAGE_NAMESPACE=1 "$0" "$@"
+mkdir -p "$cache/tmp"
+if [ "$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo)" -gt 4194304 ]; then
+	mount -t tmpfs -o mode=0755,size=80% tmpfs "$cache/tmp"
+fi
+export TMPDIR="$cache/tmp"
 # Programs run by in_tools get nothing of the caller's environment but these.
 export LC_ALL=C.UTF-8 TZ=UTC SOURCE_DATE_EPOCH="$epoch"
 mkdir -p "$cache"
@@ -39,11 +47,11 @@ make_tools() {
 	[ ! -e "$tools/.done" ] || return 0
 	t=$(now)
 	"$here/fetch.sh" tools
-	"$here/chroot.sh" tools "$cache/tools.$$.tar"
+	"$here/chroot.sh" tools "$TMPDIR/tools.tar"
 	rm -rf "$tools.$$"
 	mkdir "$tools.$$"
-	tar -xf "$cache/tools.$$.tar" -C "$tools.$$" --exclude './dev/*'
-	rm -f "$cache/tools.$$.tar"
+	tar -xf "$TMPDIR/tools.tar" -C "$tools.$$" --exclude './dev/*'
+	rm -f "$TMPDIR/tools.tar"
 	touch "$tools.$$/.done"
 	rm -rf "$tools"
 	mv "$tools.$$" "$tools"
@@ -65,7 +73,7 @@ base() {
 	exec 7>"$cache/.lock"
 	flock 7
 	if [ ! -e "$out/roothash" ] || [ -n "${FRESH:-}" ]; then
-		work=$(mktemp -d "$cache/work.XXXXXX")
+		work=$(mktemp -d "$TMPDIR/work.XXXXXX")
 		trap 'rm -rf "$work"' EXIT
 		chmod 755 "$work"
 		steps=$work/steps
@@ -106,8 +114,8 @@ base() {
 		(cd "$work/root" && find . -xdev -type f -printf '%s\t%P\n' | LC_ALL=C sort -rn | head -n 10) >"$work/out/largest"
 		(cd "$work/root" && du -sk --apparent-size . | cut -f1) >"$work/out/root.kib"
 		cp "$steps" "$work/out/steps"
-		rm -rf "$out"
-		mv "$work/out" "$out"
+		rm -rf "$out" "$out.$$"
+		cp -R "$work/out" "$out.$$" && mv "$out.$$" "$out"
 		rm -rf "$work"
 		trap - EXIT
 		# Old roots go; not the latest, which another seal may be reading.

@@ -40,4 +40,4 @@ mmdebstrap --quiet --variant=custom --architectures=amd64 --include="$names" --m
 	--dpkgopt=force-unsafe-io --setup-hook='mkdir -p "$1/etc"' "$@" \
 	'' "$work/out.tar" "deb [trusted=yes] copy:$work/repo ./" >"$log" 2>&1 ||
 	{ tail -n 30 "$log" >&2; die "mmdebstrap failed"; }
-mv "$work/out.tar" "$out.$$" && mv "$out.$$" "$out"
+cp "$work/out.tar" "$out.$$" && mv "$out.$$" "$out"

@@ -37,7 +37,7 @@ printf '%s\n' "$list" | grep -v '^$' | grep -qvE '^[0-9a-f]{64}$' &&
 [ "$count" = 0 ] || [ "$threshold" -ge 1 ] && [ "$threshold" -le "$count" ] || [ "$count" = 0 ] ||
 	die "--threshold is $threshold, expected 1 to $count"
 
-work=$(mktemp -d "$cache/seal.XXXXXX")
+work=$(mktemp -d "$TMPDIR/seal.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
 steps=$work/steps
@@ -91,8 +91,6 @@ printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure -
 	[ $failure = poweroff ] || echo "failureWait: 60s"
 	echo "socketGroup: cvm-operators"
 	echo "sbomProgram: /usr/lib/cvm-agent/cvm-sbom"
-	echo "powerOffOnDestroy: true"
-	[ $failure = poweroff ] || echo "failureWait: 60s"
 } >"$i/etc/cvm-agent/agent.yaml"
 find "$i" -type d -exec chmod 755 {} +
 find "$i" -type f ! -name init -exec chmod 644 {} +
