@@ -145,7 +145,10 @@ awk -v k="$KERNEL_GROUP" '$1 == "root" || $1 == k { print $2, $3, $4 }' "$here/p
 		--arg agent "$(sha256sum <"$bin/cvm-agent" | cut -d' ' -f1)" --arg sbom "$(sha256sum <"$bin/cvm-sbom" | cut -d' ' -f1)" \
 		'{lock: $lock, kernel: $kernel, programs: {"/usr/bin/cvm-agent": $agent, "/usr/lib/cvm-agent/cvm-sbom": $sbom},
 		packages: [inputs | split(" ") | {name: .[0], version: .[1], debSha256: .[2]}]}' >"$work/manifest.json"
-SOURCE_DATE_EPOCH=$epoch "$bin/cvm-sbom" scan --root "$root" --name cvm-guest --version "$(sed -n 's/^# date //p' "$here/packages.lock")" --output "$work/sbom.all"
+# By a path that is in the image and the same everywhere: the scanner lists the directories above its root.
+mount --bind "$root" /mnt
+SOURCE_DATE_EPOCH=$epoch "$bin/cvm-sbom" scan --root /mnt --name cvm-guest --version "$(sed -n 's/^# date //p' "$here/packages.lock")" --output "$work/sbom.all"
+umount /mnt
 rm -rf "$root/var/lib/dpkg"
 # dpkg's state was the scanner's, not the image's.
 jq 'def gone: .fileName? // "" | test("^/?var/lib/dpkg/"); (.files | map(select(gone) | .SPDXID)) as $ids
