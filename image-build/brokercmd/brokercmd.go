@@ -5,6 +5,7 @@
 package brokercmd
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -161,7 +162,7 @@ func (o *options) resource() *cobra.Command {
 			defer clear(data)
 			return c.PutResource(cmd.Context(), a[0], data)
 		})
-	put.Flags().StringVar(&file, "file", "", "file with the resource's bytes, or - for standard input")
+	put.Flags().StringVar(&file, "file", "", "`FILE` with the resource's bytes, or - for standard input")
 	return group("resource", "Resources: keys and secrets",
 		put,
 		o.does("delete URI", "Delete a resource and its rule", "deleted", 1,
@@ -183,12 +184,15 @@ func (o *options) rule() *cobra.Command {
 				return err
 			}
 			r, err := release.DecodeRule(data)
+			if err != nil && bytes.Contains(data, []byte(release.ReferenceAPIVersion)) {
+				return cause.New(cause.Config, "%s is a reference document: see cvmctl policy sign and cvmctl broker reference set", file)
+			}
 			if err != nil {
 				return err
 			}
 			return c.PutRule(cmd.Context(), a[0], *r)
 		})
-	set.Flags().StringVar(&file, "file", "", "rule document, or - for standard input")
+	set.Flags().StringVar(&file, "file", "", "`FILE` with the rule, or - for standard input")
 	show := &cobra.Command{Use: "show URI", Short: "Print a resource's release rule", Args: args(1), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
@@ -228,7 +232,7 @@ func (o *options) mark() *cobra.Command {
 			}
 			return c.SetMark(cmd.Context(), a[0], adminclient.Mark{Version: version, Signers: signers})
 		})
-	set.Flags().StringSliceVar(&signers, "signer", nil, "fingerprint of a current signer (repeatable)")
+	set.Flags().StringSliceVar(&signers, "signer", nil, "`SHA256` of a current signer's SPKI (repeatable)")
 	show := &cobra.Command{Use: "show NAME", Short: "Print the version mark of a policy name", Args: args(1), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
@@ -238,7 +242,11 @@ func (o *options) mark() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return o.print(cmd, m, fmt.Sprintf("%s: version %d, signers: %s", a[0], m.Version, strings.Join(m.Signers, ", ")))
+		signers := "none set"
+		if len(m.Signers) > 0 {
+			signers = strings.Join(m.Signers, ", ")
+		}
+		return o.print(cmd, m, fmt.Sprintf("%s: version %d, signers: %s", a[0], m.Version, signers))
 	}}
 	return group("mark", "Version marks: the lowest version of a policy that may run", set, show,
 		o.lists("List the policy names that have a mark", func(cmd *cobra.Command, c *adminclient.Client) ([]string, error) {

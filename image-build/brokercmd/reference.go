@@ -48,7 +48,7 @@ func (o *options) reference() *cobra.Command {
 			}
 			e, err := dsse.Parse(data)
 			if err != nil {
-				return cause.New(cause.PolicyMalformed, "%s: %w", file, err)
+				return cause.New(cause.PolicyMalformed, "%s is no signed document, see cvmctl policy sign: %w", file, err)
 			}
 			if e.PayloadType != release.ReferencePayloadType {
 				return cause.New(cause.PolicyMalformed, "%s: payload type is %q, expected %q", file, e.PayloadType, release.ReferencePayloadType)
@@ -63,7 +63,7 @@ func (o *options) reference() *cobra.Command {
 			return o.print(cmd, done{"set", d.Name}, fmt.Sprintf("set %s version %d", d.Name, d.Version))
 		},
 	}
-	set.Flags().StringVar(&file, "file", "", "signed reference document, or - for standard input")
+	set.Flags().StringVar(&file, "file", "", "`FILE` with the signed reference document, or - for standard input")
 	return group("reference", "Reference documents: signed reference values and release rules",
 		set,
 		o.shows("show NAME", "Print a reference document, verified by the broker", func(cmd *cobra.Command, c *adminclient.Client, name string) (any, string, error) {

@@ -64,6 +64,12 @@ func Wrap(code Code, err error) error {
 	return &Error{Code: code, Err: err}
 }
 
+// Known says whether there is such a code.
+func Known(c Code) bool {
+	_, ok := byCode[c]
+	return ok
+}
+
 // Of returns the code that err carries, or Internal if it carries none, or ""
 // for nil.
 func Of(err error) Code {

@@ -96,6 +96,7 @@ const (
 
 	// orders
 	NotPermitted      Code = "not-permitted"
+	NotFound          Code = "not-found"
 	NotReady          Code = "not-ready"
 	Busy              Code = "busy"
 	Destroyed         Code = "destroyed"
@@ -225,6 +226,7 @@ var Table = []Row{
 	{WorkloadOtherImage, ExitRefused, "podman's container is not of the verified image"},
 
 	{NotPermitted, ExitRefused, "the caller may not do this"},
+	{NotFound, ExitRefused, "the key broker holds nothing of that name"},
 	{NotReady, ExitUnavailable, "orders are accepted only once the launch is ready"},
 	{Busy, ExitUnavailable, "another order is under way"},
 	{Destroyed, ExitRefused, "this instance is destroyed"},

@@ -1,6 +1,6 @@
-// Command cvmctl is the tool of publishers and relying parties: it publishes
-// images, writes and signs policies, administers a key broker, and verifies
-// evidence. See `cvmctl help`; exit statuses are those of package cause.
+// Command cvmctl is the tool of publishers, operators and relying parties: it
+// publishes images, writes and signs policies, makes seeds and orders, predicts
+// launch measurements, administers a key broker, and verifies evidence. See `cvmctl help`; exit statuses are those of package cause.
 package main
 
 import (
@@ -47,8 +47,8 @@ func run(args []string) int {
 func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "cvmctl",
-		Short:         "Publish images for confidential VMs, write their policies, administer their key broker, verify their evidence",
-		Long:          "cvmctl publishes images for confidential VMs, writes their policies, administers their\nkey broker and verifies their evidence.\n\n" + cause.ExitHelp,
+		Short:         "Publish images for confidential VMs, write their policies, predict, order and verify their launches",
+		Long:          "cvmctl publishes images for confidential VMs, writes their policies and seeds, predicts what\ntheir launch measures, administers their key broker, verifies their evidence and orders their\nupgrade and destruction.\n\n" + cause.ExitHelp,
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -93,6 +93,9 @@ func usageErrors(c *cobra.Command) {
 	if !c.Runnable() && c.HasSubCommands() {
 		c.Args = cobra.ArbitraryArgs
 		c.RunE = func(cmd *cobra.Command, a []string) error {
+			if len(a) > 0 {
+				return cause.New(cause.Usage, "unknown command %q after %q, see %s --help", a[0], cmd.CommandPath(), cmd.CommandPath())
+			}
 			return cause.New(cause.Usage, "expected a command after %q, see %s --help", cmd.CommandPath(), cmd.CommandPath())
 		}
 	}

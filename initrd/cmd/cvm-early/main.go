@@ -35,6 +35,9 @@ Usage:
   --initdata FILE   Confidential Containers initdata 0.1.0
   --tpm SPEC        device:PATH, or unix:PATH for a TPM behind a socket
 
+As process 1 of the measured initrd it is the whole early stage and takes no
+arguments. What follows is measure, the one step for a plain host.
+
 In a SEV-SNP or TDX guest the launch is bound already: HOST_DATA or MRCONFIGID
 must be the initdata's digest, and no TPM is touched. Elsewhere, and on Azure,
 PCR 8 is extended by the digest (sha256), once: PCR 8, 12, 13 and 14 must be

@@ -176,6 +176,31 @@ func parse(uri string) (kbs.ResourceURI, error) {
 	return u, cause.Wrap(cause.Usage, err)
 }
 
+// refusal is the code of a broker's error answer. A document that is refused
+// has its code in front of the detail, as adminError in the broker writes it.
+func refusal(e *kbs.Error) cause.Code {
+	if e.Status == http.StatusServiceUnavailable {
+		return cause.BrokerUnavailable
+	}
+	switch e.Variant() {
+	case kbs.VariantAdminAuthAccess:
+		return cause.NotPermitted
+	case kbs.VariantPluginInternalError:
+		if strings.HasSuffix(e.Body.Detail, "not found") {
+			return cause.NotFound
+		}
+	case kbs.VariantRateLimited:
+		return cause.BrokerUnavailable
+	case kbs.VariantPolicyDeny:
+		code, _, _ := strings.Cut(e.Body.Detail, ": ")
+		if cause.Known(cause.Code(code)) {
+			return cause.Code(code)
+		}
+		return cause.NotPermitted
+	}
+	return cause.BrokerProtocol
+}
+
 // do sends one request and decodes a JSON answer into out, unless out is nil.
 func (c *Client) do(ctx context.Context, method, path string, body []byte, out any) error {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
@@ -201,10 +226,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, out a
 	}
 	if resp.StatusCode/100 != 2 {
 		e := kbs.DecodeError(resp.StatusCode, answer)
-		if e.Variant() == kbs.VariantAdminAuthAccess {
-			return cause.New(cause.NotPermitted, "%s %s: %w", method, path, e)
-		}
-		return cause.New(cause.BrokerProtocol, "%s %s: %w", method, path, e)
+		return cause.New(refusal(e), "%s %s: %w", method, path, e)
 	}
 	if out == nil {
 		return nil

@@ -30,7 +30,7 @@ func (m ReferenceMark) Follows(name string, next ReferenceMark) error {
 		return cause.New(cause.PolicyBelowFloor, "reference values %q have version %d and never go down to %d", name, m.Version, next.Version)
 	}
 	if next.Version == m.Version && next.Digest != m.Digest {
-		return cause.New(cause.PolicyBelowFloor, "reference values %q version %d are %s, not %s: a change needs a higher version", name, m.Version, m.Digest, next.Digest)
+		return cause.New(cause.PolicyBelowFloor, "reference values %q have version %d already, of other content: a change needs a higher version", name, m.Version)
 	}
 	return nil
 }

@@ -90,7 +90,7 @@ func New(d *release.Reference, o Options) (*Export, error) {
 		}
 	}
 	if len(missing) > 0 {
-		return nil, cause.New(cause.PolicyInvalid, "Trustee cannot express %s: accept each by name", strings.Join(why, ", "))
+		return nil, cause.New(cause.PolicyInvalid, "Trustee cannot express %s: accept each by name (--accept)", strings.Join(why, ", "))
 	}
 	for _, a := range o.Accept {
 		if !slices.ContainsFunc(e.GivenUp, func(g Gap) bool { return g.Name == a }) {
