@@ -96,7 +96,10 @@ func (r *run) putRule(ctx context.Context, keys keyBroker, doc *policy.Policy, r
 	if err := rule.Validate(); err != nil {
 		return "none set (" + err.Error() + "; --rule-launch gives both): the key is released to nobody until a rule is set", nil
 	}
-	if err := keys.PutRule(ctx, res.KeyResource, rule); err != nil {
+	switch err := keys.PutRule(ctx, res.KeyResource, rule); {
+	case adminclient.IsRulesAreSigned(err):
+		return "none set, the broker takes signed reference documents alone: the key is released to nobody until one names " + res.KeyResource, nil
+	case err != nil:
 		return "", failed(cause.BrokerUnavailable, "set release rule", err)
 	}
 	res.ReleaseRule = true

@@ -1,13 +1,40 @@
 package publish
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/cc-runtime/cvm-agent/policy"
+	"github.com/cc-runtime/cvm-agent/policy/broker/adminclient"
+	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/kbs"
 )
+
+// refusingBroker answers every rule with err.
+type refusingBroker struct {
+	*memoryBroker
+	err error
+}
+
+func (b refusingBroker) PutRule(context.Context, string, adminclient.Rule) error { return b.err }
+
+// A broker that takes signed documents alone keeps the key, and the publisher
+// is told what is left to do; any other refusal fails the run.
+func TestRuleOfABrokerThatWantsSignedDocuments(t *testing.T) {
+	o := Options{Broker: BrokerOptions{Signers: []string{strings.Repeat("a", 64)}}, launches: &launches{}}
+	doc := &policy.Policy{Name: "app", Platforms: []policy.Platform{policy.PlatformTPM}}
+	for detail, fails := range map[string]bool{adminclient.RulesAreSigned: false, "policy-invalid: no": true} {
+		res := &Result{KeyResource: "kbs:///a/b/c", ManifestDigest: "sha256:" + strings.Repeat("b", 64)}
+		refusal := cause.New(cause.NotPermitted, "PUT: %w", kbs.NewError(kbs.VariantPolicyDeny, "%s", detail))
+		why, err := (&run{o: &o}).putRule(t.Context(), refusingBroker{newMemoryBroker(), refusal}, doc, res)
+		if (err != nil) != fails || res.ReleaseRule || strings.Contains(why, res.KeyResource) == fails {
+			t.Errorf("%s: rule reported %t, %q, %v", detail, res.ReleaseRule, why, err)
+		}
+	}
+}
 
 // A TEE's report says who was launched by its measurement alone: without one
 // the broker is told nothing, and the key goes to nobody.

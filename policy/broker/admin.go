@@ -164,7 +164,7 @@ func (s *Server) adminRule(w http.ResponseWriter, r *http.Request, u kbs.Resourc
 				return err
 			}
 			if s.documents != nil {
-				return kbs.NewError(kbs.VariantPolicyDeny, "rules are signed here: put a reference document")
+				return kbs.NewError(kbs.VariantPolicyDeny, adminclient.RulesAreSigned)
 			}
 			rule, err := release.DecodeRuleJSON(b)
 			if err != nil {

@@ -44,6 +44,16 @@ type Mark struct {
 	Signers []string `json:"signers,omitempty"` // SHA-256 of SPKI, lowercase hex
 }
 
+// RulesAreSigned is the detail by which a broker that takes signed reference
+// documents refuses the rule of a single resource.
+const RulesAreSigned = "rules are signed here: put a reference document"
+
+// IsRulesAreSigned says whether err is that refusal.
+func IsRulesAreSigned(err error) bool {
+	var e *kbs.Error
+	return errors.As(err, &e) && e.Variant() == kbs.VariantPolicyDeny && e.Body.Detail == RulesAreSigned
+}
+
 // Client talks to one broker. It is safe for concurrent use.
 type Client struct {
 	base  string
