@@ -19,6 +19,9 @@ import (
 // guestPort is where the workload listens, in its container and on the guest.
 const guestPort = 8080
 
+// secret is a resource that the workload gets as a file.
+const secret = "kbs:///e2e/secret/token"
+
 // floor is the image's lowest policy version.
 const floor = 2
 
@@ -160,7 +163,7 @@ func (s *scene) publish(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return s.PutSecret(ctx, secret, strings.Repeat("s", 32), s.apps[floor].KeyResource)
 }
 
 // seal makes the image that trusts this run's owner. Its root comes from the
@@ -269,7 +272,7 @@ func (s *scene) setReference(ctx context.Context, index, value string) error {
 		pcrs[index] = value
 		launch["pcrs"] = pcrs
 	}
-	var keys, images []string
+	keys, images := []string{secret}, []string(nil)
 	for _, v := range versions {
 		keys = append(keys, s.apps[v.policy].KeyResource)
 		images = append(images, s.apps[v.policy].ManifestDigest)

@@ -43,6 +43,9 @@ func (s *story) checks() []check {
 		{"predicted", "the key is released under PCR 4, 9, 11, 12 and 13 as computed from the image file", s.predicted},
 		{"ready", "the agent says so on the virtio-serial port, of the policy that was signed", s.ready},
 		{"answers", "the decrypted image runs on podman's bridge and answers the host", s.answers("vault v1")},
+		{"secret", "and has the broker's secret as a file", func(ctx context.Context) error {
+			return rig.WaitHTTP(ctx, s.vm.Port, "/secrets/token", "32 bytes")
+		}},
 		{"unsigned-destroy", "a destroy that nobody signed is refused", s.unsignedDestroy},
 		{"stranger-destroy", "so is one that a key outside the policy signed", s.strangerDestroy},
 		{"other-pcr", "with another PCR 11 in the reference document, an upgrade gets no key", s.otherPCR},
