@@ -195,6 +195,11 @@ type differ struct {
 func (d *differ) Close() error { return nil }
 
 func (d *differ) ApplyDiff(dest string, o *archive.TarOptions, do *graphdriver.DifferOptions) (graphdriver.DriverWithDifferOutput, error) {
+	// A layer need not list its root. Storage makes it by our umask, which may be
+	// tighter than what the workload's user can enter.
+	if err := os.Chmod(dest, 0o555); err != nil {
+		return graphdriver.DriverWithDifferOutput{}, err
+	}
 	out := graphdriver.DriverWithDifferOutput{Differ: d}
 	if do.Format != graphdriver.DifferOutputFormatDir || o.WhiteoutFormat != archive.OverlayWhiteoutFormat ||
 		o.ForceMask != nil || len(o.UIDMaps) > 0 || len(o.GIDMaps) > 0 {
