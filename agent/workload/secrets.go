@@ -56,7 +56,7 @@ func (s *Secrets) Write(container, user string, rules []policy.Secret, values ma
 	if err := wipe(dir); err != nil {
 		return "", cause.New(cause.StorageFailed, "clear old secrets: %w", err)
 	}
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.Chmod(dir, 0o755)); err != nil { // past the umask
 		return "", cause.New(cause.StorageFailed, "create the secrets directory: %w", err)
 	}
 	for _, rule := range rules {
