@@ -71,9 +71,9 @@ func (r *report) ended(c check, took time.Duration, err error) {
 	}
 }
 
-// run goes through a lane. With chained, a failure is the end of it: what
-// follows has nothing to stand on.
-func (r *report) run(ctx context.Context, lane []check, chained bool) {
+// run goes through a lane. After a failure it goes on only while there is
+// something for the rest to stand on.
+func (r *report) run(ctx context.Context, lane []check, goesOn func() bool) {
 	var broken error
 	for _, c := range lane {
 		start := time.Now()
@@ -84,7 +84,7 @@ func (r *report) run(ctx context.Context, lane []check, chained bool) {
 		if err != nil && ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		if chained && err != nil {
+		if err != nil && !goesOn() {
 			broken = err
 		}
 		r.ended(c, time.Since(start), err)

@@ -45,7 +45,8 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	}
 	began := time.Now()
 	s := &scene{debug: *debug}
-	image, tale, bad := s.checks(), (&story{scene: s}).checks(), (&refusals{s}).checks()
+	always, life := func() bool { return true }, &story{scene: s}
+	image, tale, bad := s.checks(), life.checks(), (&refusals{s}).checks()
 	if *only != "" {
 		var err error
 		image = nil
@@ -67,10 +68,10 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	if err := s.prepare(ctx); err != nil {
 		s.report.say("preparation failed: %s", err)
 	} else {
-		s.report.run(ctx, image, false)
+		s.report.run(ctx, image, always)
 		var lanes sync.WaitGroup
-		lanes.Go(func() { s.report.run(ctx, tale, true) })
-		lanes.Go(func() { s.report.run(ctx, bad, false) })
+		lanes.Go(func() { s.report.run(ctx, tale, life.on) })
+		lanes.Go(func() { s.report.run(ctx, bad, always) })
 		lanes.Wait()
 	}
 	if s.report.passed != s.report.total {

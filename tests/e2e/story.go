@@ -58,6 +58,9 @@ func (s *story) checks() []check {
 	}
 }
 
+// on says whether the machine is.
+func (s *story) on() bool { return s.vm != nil && s.vm.Running() }
+
 func (s *story) measured(ctx context.Context) (err error) {
 	if s.vm, err = s.StartMachine(ctx, rig.MachineOptions{Name: "story", Disk: s.disk(), Seeds: []string{s.seed},
 		TPM: s.TPM, Forward: guestPort, Accel: s.accel}); err != nil {
