@@ -8,8 +8,7 @@ say() { printf 'image: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 # mirror ARCHIVE prints the base URL of debian or debian-security: the
-# environment's, else the one that this machine's apt is set up with, else
-# Debian's own.
+# environment's, else the one that this machine's apt is set up with.
 mirror() {
 	case $1 in
 	debian) url=${CVM_DEBIAN_MIRROR:-} ;;
@@ -17,7 +16,7 @@ mirror() {
 	esac
 	[ -n "$url" ] || url=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
 		tr ' \t' '\n\n' | grep -E "^https?://.*/$1/?\$" | head -n 1)
-	url=${url:-http://deb.debian.org/$1}
+	[ -n "$url" ] || die "no mirror of $1 among apt's sources: set CVM_DEBIAN_MIRROR to the base URL of one"
 	printf '%s\n' "${url%/}"
 }
 
