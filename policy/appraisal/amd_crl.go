@@ -35,12 +35,8 @@ func parseRevocationList(der []byte, ark *x509.Certificate) (*revocationList, er
 	if err := l.CheckSignatureFrom(ark); err != nil {
 		return nil, err
 	}
-	// A critical extension may say that the list is of something else
-	// (RFC 5280 section 5.2).
-	for _, e := range l.Extensions {
-		if e.Critical {
-			return nil, fmt.Errorf("critical extension %s is not known here", e.Id)
-		}
+	if err := plainList(l); err != nil {
+		return nil, err
 	}
 	if l.NextUpdate.IsZero() {
 		return nil, errors.New("it has no next update")
@@ -105,4 +101,15 @@ func (v *SNP) checkRevocation(t *Verdict, k *vendorKey, certs []kbs.SNPCert, now
 		}
 	}
 	return t.Check(!now.Before(l.from) && !now.After(l.until), CheckSNPRevocation, expected, dates)
+}
+
+// plainList refuses a critical extension: it may say that the list is a part
+// of one, or of something else (RFC 5280 section 5.2).
+func plainList(l *x509.RevocationList) error {
+	for _, e := range l.Extensions {
+		if e.Critical {
+			return fmt.Errorf("critical extension %s is not known here", e.Id)
+		}
+	}
+	return nil
 }

@@ -97,6 +97,9 @@ func parseCRL(body []byte, issuer *x509.Certificate) (*crl, error) {
 	if err := list.CheckSignatureFrom(issuer); err != nil {
 		return nil, err
 	}
+	if err := plainList(list); err != nil {
+		return nil, err
+	}
 	out := &crl{from: list.ThisUpdate, to: list.NextUpdate, revoked: make(map[string]bool, len(list.RevokedCertificateEntries))}
 	for _, e := range list.RevokedCertificateEntries {
 		out.revoked[e.SerialNumber.String()] = true

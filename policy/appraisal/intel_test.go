@@ -3,6 +3,7 @@ package appraisal
 import (
 	"bytes"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"math/big"
 	"slices"
@@ -387,6 +388,19 @@ func TestTDXMemoryFollowsTheSource(t *testing.T) {
 	accepted(t, c.appraise(t))
 	clock = clock.Add(2 * time.Hour)
 	refused(t, c.appraise(t), CheckTDXRevocation)
+}
+
+// As on AMD's: a critical extension may turn a list into one of something else.
+func TestTDXListWithACriticalExtension(t *testing.T) {
+	p := tdxtest.New(t, tdxtest.Config{})
+	for critical, refused := range map[bool]bool{false: false, true: true} {
+		list := p.List(t, "root", func(l *x509.RevocationList) {
+			l.ExtraExtensions = []pkix.Extension{{Id: []int{2, 5, 29, 28}, Critical: critical, Value: []byte{0x30, 0}}}
+		})
+		if _, err := parseCRL(list, p.Root); (err != nil) != refused {
+			t.Errorf("critical %t: %v", critical, err)
+		}
+	}
 }
 
 func FuzzIntelDocument(f *testing.F) {
