@@ -194,8 +194,8 @@ func TestLesson41_NoCredentialsFromTheHost(t *testing.T) {
 	}
 }
 
-// TestLesson2_TheDatasourceIsPinned on the command line and in the only file.
-func TestLesson2_TheDatasourceIsPinned(t *testing.T) {
+// TestLesson02_TheDatasourceIsPinned on the command line and in the only file.
+func TestLesson02_TheDatasourceIsPinned(t *testing.T) {
 	if line := read(t, image(t, "cmdline")); !strings.Contains(line, " ds=nocloud;s=file:///run/cvm-agent/seed/ ") {
 		t.Errorf("the command line pins no datasource: %s", line)
 	}
@@ -210,9 +210,9 @@ func TestLesson2_TheDatasourceIsPinned(t *testing.T) {
 	}
 }
 
-// TestLesson1_SecondLayer: even a seed that got past the early stage finds no
+// TestLesson01_SecondLayer: even a seed that got past the early stage finds no
 // module that runs its code.
-func TestLesson1_SecondLayer(t *testing.T) {
+func TestLesson01_SecondLayer(t *testing.T) {
 	modules, err := filepath.Glob(root(t, "usr/lib/python3/dist-packages/cloudinit/config/cc_*"))
 	if err != nil {
 		t.Fatal(err)
