@@ -19,6 +19,7 @@ import (
 const (
 	serialRetry   = 5 * time.Second        // until the port is looked for again
 	serialGone    = 100 * time.Millisecond // until a host that went away is looked for again
+	serialAway    = time.Second            // for which it must be away to have gone
 	serialSilence = 100 * time.Millisecond // ends the rest of a request that was refused
 	serialStall   = 5 * time.Second        // for a request that the server does not take
 )
@@ -175,6 +176,7 @@ func (l *line) Addr() net.Addr { return &net.UnixAddr{Name: TransportSerial, Net
 // read passes on what comes in until the port fails or is closed.
 func (l *line) read(ctx context.Context) error {
 	buf := make([]byte, 32<<10)
+	var away time.Duration
 	for {
 		var deadline time.Time
 		if l.deaf {
@@ -191,12 +193,19 @@ func (l *line) read(ctx context.Context) error {
 		l.framer.feed(chunk)
 		switch {
 		case err == nil:
+			away = 0
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			l.deaf = false
-		case errors.Is(err, io.EOF): // nobody is at the other end now
-			l.anew()
+			l.deaf, away = false, 0
+		case errors.Is(err, io.EOF):
+			// Nobody is at the other end, says the guest's kernel, which learns
+			// that by another queue than the data. So this may be the parting
+			// of a client whose successor's request has been read already.
 			if sleep(ctx, serialGone); ctx.Err() != nil {
 				return nil
+			}
+			l.deaf = false // that was silence enough
+			if away += serialGone; away >= serialAway {
+				l.anew()
 			}
 		default:
 			return err

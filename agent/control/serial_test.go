@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -209,6 +210,52 @@ func TestSerialPlain(t *testing.T) {
 	time.Sleep(headerTimeout + 2*serialSilence + time.Second)
 	_, _ = io.WriteString(host, "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
 	expectStatus(t, r, "\r\n\r\n400 Bad Request")
+}
+
+// partings is a port that tells of a client's parting late: its next reads say so,
+// after the successor's request has been read.
+type partings struct {
+	Port
+	left atomic.Int32
+}
+
+func (p *partings) Read(b []byte) (int, error) {
+	if p.left.Add(-1) >= 0 {
+		return 0, io.EOF
+	}
+	return p.Port.Read(b)
+}
+
+func TestSerialPartingToldLate(t *testing.T) {
+	a, _ := signing(t)
+	guest, host := pair(t)
+	port := &partings{Port: guest}
+	l := &line{port: port, conns: make(chan net.Conn), done: make(chan struct{})}
+	l.framer.to = l
+	s := NewServer(a, discard)
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan struct{})
+	go func() { defer close(served); _ = s.http.Serve(l) }()
+	t.Cleanup(func() { cancel(); _ = host.Close(); _ = s.http.Close(); <-served })
+
+	// Half of a request is there when the kernel says that nobody is.
+	request := "\x00cafe\nGET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"
+	l.framer.feed([]byte(request[:len(request)-10]))
+	port.left.Store(int32(serialAway/serialGone) - 1)
+	go func() { _ = l.read(ctx) }()
+	_, _ = io.WriteString(host, request[len(request)-10:])
+	_ = host.SetDeadline(time.Now().Add(20 * time.Second))
+	expectStatus(t, bufio.NewReader(host), "\x00cafe\n")
+
+	// Nobody for longer than that: what has begun is void.
+	first := bufio.NewReader(host)
+	_, _ = io.WriteString(host, "GET /v1/sta")
+	time.Sleep(2 * serialGone)
+	port.left.Store(int32(serialAway / serialGone))
+	_, _ = io.WriteString(host, "x") // ends the read that waits
+	time.Sleep(serialAway + 3*serialGone)
+	_, _ = io.WriteString(host, "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+	expectStatus(t, first, "")
 }
 
 // A host that asks and never reads is left after its time, and its next

@@ -42,6 +42,7 @@ func (s *story) checks() []check {
 		{"attested", "the broker accepts the evidence, by the endorsement key of this run's authority", s.attested},
 		{"predicted", "the key is released under PCR 4, 9, 11, 12 and 13 as computed from the image file", s.predicted},
 		{"ready", "the agent says so on the virtio-serial port, of the policy that was signed", s.ready},
+		{"clients", "a hundred clients of the port, one after the other, are each answered", s.clients},
 		{"answers", "the decrypted image runs on podman's bridge and answers the host", s.answers("vault v1")},
 		{"secret", "and has the broker's secret as a file", func(ctx context.Context) error {
 			return rig.WaitHTTP(ctx, s.vm.Port, "/secrets/token", "32 bytes")
@@ -138,6 +139,20 @@ func (s *story) waitState(ctx context.Context, want string) error {
 		return err
 	})
 	return errors.Join(off, err)
+}
+
+// clients come and go while the guest still hears of the one before. None may
+// wait for longer than a slow machine needs.
+func (s *story) clients(ctx context.Context) error {
+	start := time.Now()
+	for n := range 100 {
+		time.Sleep(time.Duration(n) * 100 * time.Microsecond)
+		if err := s.agent.get(ctx, askWithin, "/v1/status", nil); err != nil {
+			return fmt.Errorf("client %d, after %v: %w", n+1, time.Since(start).Round(time.Millisecond), err)
+		}
+	}
+	s.report.say("     a client each %v", (time.Since(start) / 100).Round(time.Millisecond))
+	return nil
 }
 
 // running checks that exactly one version's image runs, and is healthy.
