@@ -36,7 +36,7 @@ podman postgresql procps runc skopeo softhsm2 swtpm swtpm-tools systemd uidmap z
 # The image's own tools run in a chroot of their own (image-build/guest); these
 # make and fill it. `make test` needs none of them.
 image_packages='ca-certificates curl debian-archive-keyring jq mmdebstrap util-linux uidmap'
-vm_packages='ovmf qemu-system-x86 swtpm swtpm-tools'
+vm_packages='fdisk ovmf qemu-system-x86 swtpm swtpm-tools'
 
 say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

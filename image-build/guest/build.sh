@@ -6,7 +6,7 @@
 #   build.sh base                 prints the directory with the root, its hash tree, the kernel and modules;
 #                                 cached by the recipe, the lock and our programs
 #   build.sh seal --out DIR [--signers FP,FP] [--threshold N] [--version-floor N]
-#            [--scratch tmpfs|disk] [--on-failure poweroff|wait] [--azure-thim URL] [--debug]
+#            [--scratch tmpfs|disk] [--on-failure poweroff|wait [--wait SECONDS]] [--azure-thim URL] [--debug]
 #                                 initrd, UKI and disk for these signers
 #
 # Environment: KERNEL=stable|backports, CVM_CACHE, CVM_BIN (our programs),

@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 base=$1
 shift
-out='' signers='' threshold=1 floor=1 debug=false failure=poweroff scratch=tmpfs thim=''
+out='' signers='' threshold=1 floor=1 debug=false failure=poweroff scratch=tmpfs thim='' wait=60
 while [ $# -gt 0 ]; do
 	case $1 in
 	--debug) debug=true; shift; continue ;;
@@ -19,17 +19,19 @@ while [ $# -gt 0 ]; do
 	--version-floor) floor=$2 ;;
 	--scratch) scratch=$2 ;;
 	--on-failure) failure=$2 ;;
+	--wait) wait=$2 ;;
 	--azure-thim) thim=$2 ;;
 	*) die "unknown option $1" ;;
 	esac
 	shift 2
 done
 [ -n "$out" ] || die "seal takes --out DIR"
-case $threshold$floor in *[!0-9]*) die "--threshold and --version-floor take numbers" ;; esac
+case $threshold$floor$wait in *[!0-9]*) die "--threshold, --version-floor and --wait take numbers" ;; esac
 case $scratch in tmpfs | disk) ;; *) die "--scratch is tmpfs or disk" ;; esac
 case $thim in '' | http://*) ;; *) die "--azure-thim takes a base URL, as http://169.254.169.254" ;; esac
 case $thim in *[!A-Za-z0-9:/._-]*) die "--azure-thim takes a base URL" ;; esac
 case $failure in poweroff | wait) ;; *) die "--on-failure is poweroff or wait" ;; esac
+[ "$wait" -ge 1 ] && [ "$wait" -le 600 ] || die "--wait is $wait, expected 1 to 600 seconds"
 list=$(printf '%s' "$signers" | tr ',' '\n' | grep . | LC_ALL=C sort -u || true)
 count=$(printf '%s\n' "$list" | grep -c . || true)
 printf '%s\n' "$list" | grep -v '^$' | grep -qvE '^[0-9a-f]{64}$' &&
@@ -69,9 +71,9 @@ cat "$base/early.modules" >"$work/modules"
 done
 install -m 755 "$bin/cvm-early" "$i/init"
 printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure --arg scratch $scratch --rawfile modules "$work/modules" --slurpfile devices "$base/device.json" \
-	--argjson threshold "$threshold" --argjson floor "$floor" --argjson debug $debug \
+	--argjson threshold "$threshold" --argjson floor "$floor" --argjson debug $debug --argjson wait "$wait" \
 	'{cmdline: $cmdline, signers: [inputs | select(. != "")], threshold: $threshold, versionFloor: $floor, debug: $debug,
-	onFailure: $failure, waitSeconds: 60, modules: ($modules | split("\n") | map(select(. != ""))), devices: $devices[0], scratch: $scratch}' >"$i/etc/cvm-agent/early.json"
+	onFailure: $failure, waitSeconds: $wait, modules: ($modules | split("\n") | map(select(. != ""))), devices: $devices[0], scratch: $scratch}' >"$i/etc/cvm-agent/early.json"
 {
 	echo "# Written by image-build/guest/seal.sh; part of the measured initrd."
 	echo "initdata: /run/cvm-agent/initdata.toml"
@@ -88,7 +90,7 @@ printf '%s\n' "$list" | jq -Rn --arg cmdline "$cmdline" --arg failure $failure -
 	echo "controlSocket: /run/cvm-agent/control.sock"
 	echo "controlSerial: /dev/virtio-ports/org.cvm-agent.control"
 	echo "powerOffOnDestroy: true"
-	[ $failure = poweroff ] || echo "failureWait: 60s"
+	[ $failure = poweroff ] || echo "failureWait: ${wait}s"
 	echo "socketGroup: cvm-operators"
 	echo "sbomProgram: /usr/lib/cvm-agent/cvm-sbom"
 } >"$i/etc/cvm-agent/agent.yaml"

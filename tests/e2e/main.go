@@ -9,6 +9,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -17,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -36,7 +38,7 @@ func main() {
 // run returns the exit status.
 func run(ctx context.Context, args []string, out io.Writer) int {
 	flags := flag.NewFlagSet("cvm-e2e", flag.ContinueOnError)
-	only := flags.String("only", "", "`NAME` of one refused boot, several with commas between; or story")
+	only := flags.String("only", "", "`NAME` of one boot, several with commas between; story, scratch")
 	verbose := flags.Bool("v", false, "say what is started")
 	debug := flags.Bool("debug", false, "boot the debug variant, whose journal goes to the serial log")
 	keep := flags.Bool("keep", false, "leave the work directory")
@@ -44,18 +46,18 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 		return 2
 	}
 	began := time.Now()
-	s := &scene{debug: *debug}
+	s := newScene(*debug)
 	always, life := func() bool { return true }, &story{scene: s}
-	image, tale, bad := s.checks(), life.checks(), (&refusals{s}).checks()
+	image, tale, other, bad := s.checks(), life.checks(), (&variants{scene: s}).checks(), (&refusals{s}).checks()
 	if *only != "" {
 		var err error
 		image = nil
-		if tale, bad, err = choose(*only, tale, bad); err != nil {
+		if tale, other, bad, err = choose(*only, tale, other, bad); err != nil {
 			fmt.Fprintln(os.Stderr, "cvm-e2e:", err)
 			return 2
 		}
 	}
-	s.report = newReport(out, *verbose, image, tale, bad)
+	s.report = newReport(out, *verbose, image, tale, other, bad)
 	r, err := rig.New(rig.Options{Out: s.report, Keep: *keep})
 	if err == nil && os.Geteuid() != 0 {
 		err = errors.New("run as root: it builds an image and runs containers")
@@ -70,8 +72,18 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	} else {
 		s.report.run(ctx, image, always)
 		var lanes sync.WaitGroup
-		lanes.Go(func() { s.report.run(ctx, tale, life.on) })
-		lanes.Go(func() { s.report.run(ctx, bad, always) })
+		rest := queue(bad)
+		for _, lane := range []func(){
+			func() { s.report.run(ctx, tale, life.on) },
+			func() { s.report.run(ctx, other, always) },
+		} {
+			lanes.Go(func() {
+				lane()
+				for c := range rest {
+					s.report.run(ctx, []check{c}, always)
+				}
+			})
+		}
 		lanes.Wait()
 	}
 	if s.report.passed != s.report.total {
@@ -86,24 +98,38 @@ func run(ctx context.Context, args []string, out io.Writer) int {
 	return s.report.end(began)
 }
 
-// choose keeps the named refused boots, or the story.
-func choose(only string, tale, bad []check) (t, b []check, err error) {
-	for name := range strings.SplitSeq(only, ",") {
-		if name == "story" {
-			t = tale
-			continue
-		}
-		found := false
-		for _, c := range bad {
-			if c.name == name {
-				b, found = append(b, c), true
+// queue holds checks that whichever lane is free may take.
+func queue(checks []check) <-chan check {
+	rest := make(chan check, len(checks))
+	for _, c := range checks {
+		rest <- c
+	}
+	close(rest)
+	return rest
+}
+
+// choose keeps the named boots. Checks that share a machine go by its name:
+// all of the story, and what shared says.
+func choose(only string, tale, other, bad []check) (t, o, b []check, err error) {
+	names := strings.Split(only, ",")
+	found := map[string]bool{}
+	keep := func(lane []check, nameOf func(check) string) (kept []check) {
+		for _, c := range lane {
+			if name := nameOf(c); slices.Contains(names, name) {
+				kept, found[name] = append(kept, c), true
 			}
 		}
-		if !found {
-			return nil, nil, fmt.Errorf("no boot is called %q; there are story and those that a whole run lists from %s on", name, bad[0].name)
+		return kept
+	}
+	t = keep(tale, func(check) string { return "story" })
+	o = keep(other, func(c check) string { return cmp.Or(shared[c.name], c.name) })
+	b = keep(bad, func(c check) string { return c.name })
+	for _, name := range names {
+		if !found[name] {
+			return nil, nil, nil, fmt.Errorf("no boot is called %q; tests/e2e/README.md has the names", name)
 		}
 	}
-	return t, b, nil
+	return t, o, b, nil
 }
 
 // saveLogs keeps the logs of a failed run, which the work directory takes along

@@ -154,7 +154,7 @@ func (r *refusals) otherSigner(ctx context.Context, o *rig.MachineOptions) error
 		return err
 	}
 	file := r.Path("policy", "hosts.yaml")
-	if err := rig.Edit(r.Path("policy", fmt.Sprintf("e2e-%d.yaml", floor)), file, nil); err != nil {
+	if err := rig.Edit(r.policy(floor), file, nil); err != nil {
 		return err
 	}
 	signed, err := r.SignPolicy(ctx, file, host)
@@ -166,7 +166,7 @@ func (r *refusals) otherSigner(ctx context.Context, o *rig.MachineOptions) error
 
 func (r *refusals) belowFloor(ctx context.Context, o *rig.MachineOptions) error {
 	file := r.Path("policy", "older.yaml")
-	if err := rig.Edit(r.Path("policy", fmt.Sprintf("e2e-%d.yaml", floor)), file,
+	if err := rig.Edit(r.policy(floor), file,
 		map[string]string{fmt.Sprintf("version: %d\n", floor): fmt.Sprintf("version: %d\n", floor-1)}); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -34,15 +35,24 @@ type scene struct {
 	accel    string
 	debug    bool // the image is the debug variant
 
+	dir        string // of policies, documents and seeds
+	brokerTime string // the policy's deadline for the broker
+
 	image    string                      // directory of the sealed image
+	versions []version                   // what the guest meets
 	apps     map[uint64]*rig.Publication // by policy version
 	policies map[uint64]string           // signed: envelopes, by version
 	seed     string                      // of the first version
 	initdata string                      // what it carries
 
-	launch    map[string]any // predicted: the reference document's entry
-	pcr8      string         // predicted for initdata
-	reference uint64         // version of the document that the broker has
+	launch    []map[string]any // predicted: the reference document's entries
+	pcr8      string           // predicted for initdata
+	reference uint64           // version of the document that the broker has
+}
+
+// newScene is a scene with nothing in it yet.
+func newScene(debug bool) *scene {
+	return &scene{debug: debug, dir: "policy", brokerTime: "2m", versions: versions}
 }
 
 // prepare makes everything that no machine is needed for.
@@ -53,7 +63,10 @@ func (s *scene) prepare(ctx context.Context) error {
 	}{
 		{"registry, broker, publisher, keys", s.parts},
 		{"three encrypted images, their policies", s.publish},
-		{"the guest image, for this run's signer", s.seal},
+		{"the guest image, for this run's signer", func(ctx context.Context) (err error) {
+			s.image, err = s.seal(ctx, "image", s.debug)
+			return err
+		}},
 		{"what it will measure, signed, at the broker", s.predict},
 		{"the seed", s.makeSeed},
 	} {
@@ -99,7 +112,7 @@ func (s *scene) template() (string, error) {
 		return "", err
 	}
 	data := map[string]any{
-		"Host": rig.HostInGuest, "RegistryPort": registryPort, "Port": guestPort,
+		"Host": rig.HostInGuest, "RegistryPort": registryPort, "Port": guestPort, "BrokerTime": s.brokerTime,
 		"BrokerURL": strings.Replace(s.Broker.URL, "127.0.0.1", rig.HostInGuest, 1),
 		"Expires":   time.Now().Add(24 * time.Hour).UTC().Format(time.RFC3339),
 	}
@@ -122,7 +135,7 @@ func (s *scene) template() (string, error) {
 	if err := t.Execute(&text, data); err != nil {
 		return "", err
 	}
-	file := s.Path("policy", "template.yaml")
+	file := s.Path(s.dir, "template.yaml")
 	return file, s.write(file, text.String())
 }
 
@@ -133,11 +146,14 @@ func (s *scene) write(file, text string) error {
 	return os.WriteFile(file, []byte(text), 0o600)
 }
 
-// versions are the policies that the guest meets, each with its own image.
-var versions = []struct {
+// version is a policy's version, with its own image.
+type version struct {
 	policy uint64
 	app    rig.App
-}{
+}
+
+// versions are those that the story meets.
+var versions = []version{
 	{floor, rig.App{Name: "vault", Version: "v1"}},
 	{floor + 1, rig.App{Name: "vault", Version: "v2"}},
 	{floor + 2, rig.App{Name: "vault", Version: "v3", Sick: true}},
@@ -149,13 +165,13 @@ func (s *scene) publish(ctx context.Context) error {
 		return err
 	}
 	s.apps, s.policies = map[uint64]*rig.Publication{}, map[uint64]string{}
-	for _, v := range versions {
+	for _, v := range s.versions {
 		dir, err := s.BuildApp(ctx, v.app)
 		if err != nil {
 			return err
 		}
-		out := s.Path("policy", fmt.Sprintf("e2e-%d.yaml", v.policy))
-		if s.apps[v.policy], err = s.Publish(ctx, rig.PublishOptions{Source: []string{dir}, To: "e2e/vault:" + v.app.Version,
+		out := s.policy(v.policy)
+		if s.apps[v.policy], err = s.Publish(ctx, rig.PublishOptions{Source: []string{dir}, To: "e2e/" + v.app.Name + ":" + v.app.Version,
 			Encrypt: true, Workload: "vault", Template: file, Out: out, Version: v.policy}); err != nil {
 			return err
 		}
@@ -166,28 +182,33 @@ func (s *scene) publish(ctx context.Context) error {
 	return s.PutSecret(ctx, secret, strings.Repeat("s", 32), s.apps[floor].KeyResource)
 }
 
-// seal makes the image that trusts this run's owner. Its root comes from the
-// cache when recipe and programs are the same.
-func (s *scene) seal(ctx context.Context) error {
+// policy is the file of an unsigned policy.
+func (s *scene) policy(version uint64) string {
+	return s.Path(s.dir, fmt.Sprintf("e2e-%d.yaml", version))
+}
+
+// seal makes an image that trusts this run's owner and returns its directory.
+// Its root comes from the cache when recipe and programs are the same.
+func (s *scene) seal(ctx context.Context, name string, debug bool, more ...string) (string, error) {
 	root, err := rig.Root()
 	if err != nil {
-		return err
+		return "", err
 	}
 	owner, err := s.Owner.Fingerprint()
 	if err != nil {
-		return err
+		return "", err
 	}
-	s.image = s.Path("image")
-	argv := []string{filepath.Join(root, "image-build", "guest", "build.sh"), "seal",
-		"--out", s.image, "--signers", owner, "--threshold", "1", "--version-floor", strconv.Itoa(floor)}
-	if s.debug {
+	dir := s.Path(name)
+	argv := append([]string{filepath.Join(root, "image-build", "guest", "build.sh"), "seal",
+		"--out", dir, "--signers", owner, "--threshold", "1", "--version-floor", strconv.Itoa(floor)}, more...)
+	if debug {
 		argv = append(argv, "--debug")
 	}
 	out, err := s.Run(ctx, []string{"CVM_BIN=" + s.Bin}, argv...)
 	if s.report.verbose {
 		s.report.say("%s", out)
 	}
-	return err
+	return dir, err
 }
 
 // checks are those of the image that take no machine.
@@ -210,36 +231,45 @@ func (s *scene) listed(ctx context.Context) error {
 func (s *scene) disk() string { return filepath.Join(s.image, "disk.raw") }
 func (s *scene) uki() string  { return filepath.Join(s.image, "uki.efi") }
 
-// predict computes the launch entry from the image file and gives the broker
-// the signed document: from then on no other rule counts there.
-func (s *scene) predict(ctx context.Context) error {
-	data, err := os.ReadFile(filepath.Join(s.image, "image.json"))
+// measure computes the reference document's launch entry from the image file.
+func (s *scene) measure(ctx context.Context, image, label string) (map[string]any, error) {
+	data, err := os.ReadFile(filepath.Join(image, "image.json"))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	var image struct {
+	var built struct {
 		Phases []string `json:"pcr11Phases"`
 	}
-	if err := json.Unmarshal(data, &image); err != nil {
-		return fmt.Errorf("image.json: %w", err)
+	if err := json.Unmarshal(data, &built); err != nil {
+		return nil, fmt.Errorf("image.json: %w", err)
 	}
-	out, err := s.Run(ctx, nil, s.Program("cvmctl"), "measure", "pcr", "--image", s.disk(), "--phases", strings.Join(image.Phases, ":"),
-		"--format", "reference-values", "--label", "guest", "--output", "json")
+	out, err := s.Run(ctx, nil, s.Program("cvmctl"), "measure", "pcr", "--image", filepath.Join(image, "disk.raw"),
+		"--phases", strings.Join(built.Phases, ":"), "--format", "reference-values", "--label", label, "--output", "json")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var entries struct {
 		Launch []map[string]any `json:"launch"`
 	}
 	if err := json.Unmarshal([]byte(out), &entries); err != nil || len(entries.Launch) != 1 {
-		return fmt.Errorf("cvmctl measure pcr: %d launch entries, %w", len(entries.Launch), err)
+		return nil, fmt.Errorf("cvmctl measure pcr: %d launch entries, %w", len(entries.Launch), err)
 	}
-	s.launch = entries.Launch[0]
 	for _, pcr := range []string{"4", "9", "11", "12", "13"} {
-		if pcrs, _ := s.launch["pcrs"].(map[string]any); pcrs[pcr] == nil {
-			return fmt.Errorf("cvmctl measure pcr predicts no PCR %s", pcr)
+		if pcrs, _ := entries.Launch[0]["pcrs"].(map[string]any); pcrs[pcr] == nil {
+			return nil, fmt.Errorf("cvmctl measure pcr predicts no PCR %s", pcr)
 		}
 	}
+	return entries.Launch[0], nil
+}
+
+// predict gives the broker the signed document with what the image will
+// measure: from then on no other rule counts there.
+func (s *scene) predict(ctx context.Context) error {
+	entry, err := s.measure(ctx, s.image, "guest")
+	if err != nil {
+		return err
+	}
+	s.launch = []map[string]any{entry}
 	config, err := os.ReadFile(s.Broker.Config)
 	if err != nil {
 		return err
@@ -260,29 +290,27 @@ func (s *scene) setReference(ctx context.Context, index, value string) error {
 	if err != nil {
 		return err
 	}
-	launch := map[string]any{}
-	for k, v := range s.launch {
-		launch[k] = v
-	}
-	if index != "" {
-		pcrs := map[string]any{}
-		for k, v := range s.launch["pcrs"].(map[string]any) {
-			pcrs[k] = v
+	var launch, labels []any
+	for _, predicted := range s.launch {
+		entry := maps.Clone(predicted)
+		if index != "" {
+			pcrs := maps.Clone(predicted["pcrs"].(map[string]any))
+			pcrs[index] = value
+			entry["pcrs"] = pcrs
 		}
-		pcrs[index] = value
-		launch["pcrs"] = pcrs
+		launch, labels = append(launch, entry), append(labels, entry["label"])
 	}
 	keys, images := []string{secret}, []string(nil)
-	for _, v := range versions {
+	for _, v := range s.versions {
 		keys = append(keys, s.apps[v.policy].KeyResource)
 		images = append(images, s.apps[v.policy].ManifestDigest)
 	}
 	s.reference++
 	document, err := json.MarshalIndent(map[string]any{
 		"apiVersion": "cvm-agent.reference-values/v1", "name": "e2e", "version": s.reference,
-		"launch": []any{launch},
+		"launch": launch,
 		"resources": []any{map[string]any{
-			"resource": keys, "platforms": []string{"tpm"}, "launch": []string{"guest"}, "ekRoots": []string{rig.EKRootName},
+			"resource": keys, "platforms": []string{"tpm"}, "launch": labels, "ekRoots": []string{rig.EKRootName},
 			"policy": map[string]any{"names": []string{"e2e"}, "signers": []string{owner}, "threshold": 1, "minimumVersion": floor},
 			"images": images,
 		}},
@@ -290,7 +318,7 @@ func (s *scene) setReference(ctx context.Context, index, value string) error {
 	if err != nil {
 		return err
 	}
-	file := s.Path("policy", fmt.Sprintf("reference-%d.yaml", s.reference))
+	file := s.Path(s.dir, fmt.Sprintf("reference-%d.yaml", s.reference))
 	// JSON is YAML, but by itself it would have to be canonical.
 	if err := s.write(file, "# "+file+"\n"+string(document)+"\n"); err != nil {
 		return err
@@ -309,7 +337,7 @@ func (s *scene) makeSeed(ctx context.Context) (err error) {
 	if s.initdata, err = s.Pack(ctx, s.policies[floor]); err != nil {
 		return err
 	}
-	s.seed = s.Path("seed.iso")
+	s.seed = s.Path(s.dir, "seed.iso")
 	if err := s.cvmctlSeed(ctx, s.initdata, s.seed); err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ type MachineOptions struct {
 	Name    string
 	Disk    string   // GPT disk image, read only
 	Seeds   []string // seed images, read only
+	Scratch string   // a disk that the guest may write to
 	TPM     *TPM     // powered on and off with the machine
 	Forward uint16   // TCP port of the guest that is reachable on Machine.Port; zero is none
 	Kernel  string   // UKI for a direct boot, in place of the disk's
@@ -39,7 +40,7 @@ type MachineOptions struct {
 }
 
 // Machine is a QEMU machine with OVMF, a TPM, virtio disks and network, and the
-// control port. It writes nothing to its disks.
+// control port. It writes nothing to its disks but to the scratch disk.
 type Machine struct {
 	*Process
 	Control string // unix socket: the host's end of the control port
@@ -76,6 +77,9 @@ func (r *Rig) StartMachine(ctx context.Context, o MachineOptions) (*Machine, err
 	for i, file := range append([]string{o.Disk}, o.Seeds...) {
 		argv = append(argv, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,readonly=on,file=%s", i, file),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,bootindex=%d", i, i+1))
+	}
+	if o.Scratch != "" {
+		argv = append(argv, "-drive", "if=none,id=scratch,format=raw,cache=unsafe,file="+o.Scratch, "-device", "virtio-blk-pci,drive=scratch")
 	}
 	if o.TPM != nil {
 		control, err := o.TPM.PlugIn(ctx)
