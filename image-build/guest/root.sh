@@ -150,9 +150,16 @@ mount --bind "$root" /mnt
 SOURCE_DATE_EPOCH=$epoch "$bin/cvm-sbom" scan --root /mnt --name cvm-guest --version "$(sed -n 's/^# date //p' "$here/packages.lock")" --output "$work/sbom.all"
 umount /mnt
 rm -rf "$root/var/lib/dpkg"
-# dpkg's state was the scanner's, not the image's.
-jq 'def gone: .fileName? // "" | test("^/?var/lib/dpkg/"); (.files | map(select(gone) | .SPDXID)) as $ids
+# dpkg's state was the scanner's, not the image's. The kernel was unpacked, not
+# installed: no cataloger knows its package.
+jq --arg kernel "$(awk -v k="$KERNEL_GROUP" '$1 == k { print $2, $3, $4 }' "$here/packages.lock")" 'def gone: .fileName? // "" | test("^/?var/lib/dpkg/"); (.files | map(select(gone) | .SPDXID)) as $ids
 	| ($ids | map({key: ., value: true}) | from_entries) as $g
 	| .files |= map(select(gone | not))
-	| .relationships |= map(select(($g[.spdxElementId] or $g[.relatedSpdxElement]) | not))' "$work/sbom.all" >"$work/sbom.spdx.json"
+	| .relationships |= map(select(($g[.spdxElementId] or $g[.relatedSpdxElement]) | not))
+	| ($kernel | split(" ")) as [$name, $version, $sha] | "SPDXRef-Package-deb-linux-image" as $id
+	| .packages += [{name: $name, SPDXID: $id, versionInfo: $version, supplier: "NOASSERTION", downloadLocation: "NOASSERTION", filesAnalyzed: false,
+		checksums: [{algorithm: "SHA256", checksumValue: $sha}], licenseConcluded: "NOASSERTION", licenseDeclared: "GPL-2.0-only", copyrightText: "NOASSERTION",
+		externalRefs: [{referenceCategory: "PACKAGE-MANAGER", referenceType: "purl",
+			referenceLocator: ("pkg:deb/debian/" + ($name + "@" + $version | gsub("[+]"; "%2B")) + "?arch=amd64")}]}]
+	| .relationships += [{spdxElementId: "SPDXRef-DocumentRoot-Directory-cvm-guest", relatedSpdxElement: $id, relationshipType: "CONTAINS"}]' "$work/sbom.all" >"$work/sbom.spdx.json"
 rm -f "$work/sbom.all" "$work/installed" "$work/locked" "$work/deps"
