@@ -44,6 +44,7 @@ func (v *variants) checks() []check {
 		{"scratch-sealed", "what the guest keeps on the scratch disk cannot be read from it", v.scratchSealed},
 		{"no-scratch", "an image for a scratch disk, without one", v.noScratch},
 		{"early-wait", "an image that waits: the early stage's refusal stays on for its time, then power off", v.earlyWait},
+		{"agent-wait", "so does the agent's, of an image that a stranger signed, and it answers reads meanwhile", v.agentWait},
 	}
 	if v.debug { // nothing would be compared with anything
 		list = list[1:]
