@@ -42,7 +42,6 @@ func (s *story) checks() []check {
 		{"attested", "the broker accepts the evidence, by the endorsement key of this run's authority", s.attested},
 		{"predicted", "the key is released under PCR 4, 9, 11, 12 and 13 as computed from the image file", s.predicted},
 		{"ready", "the agent says so on the virtio-serial port, of the policy that was signed", s.ready},
-		{"clients", "a hundred clients of the port, one after the other, are each answered", s.clients},
 		{"answers", "the decrypted image runs on podman's bridge and answers the host", s.answers("vault v1")},
 		{"secret", "and has the broker's secret as a file", func(ctx context.Context) error {
 			return rig.WaitHTTP(ctx, s.vm.Port, "/secrets/token", "32 bytes")
@@ -51,6 +50,7 @@ func (s *story) checks() []check {
 		{"stranger-destroy", "so is one that a key outside the policy signed", s.strangerDestroy},
 		{"other-pcr", "with another PCR 11 in the reference document, an upgrade gets no key", s.otherPCR},
 		{"upgrade", "a signed order upgrades to version 2", s.upgrade},
+		{"clients", "a hundred clients of the port, one after the other, are each answered", s.clients},
 		{"replayed-upgrade", "the same order again is refused", s.replayedUpgrade},
 		{"replayed-destroy", "so is a destroy over a challenge that was used", s.replayedDestroy},
 		{"rollback", "version 3 never gets healthy: version 2 comes back", s.rollback},
@@ -141,8 +141,8 @@ func (s *story) waitState(ctx context.Context, want string) error {
 	return errors.Join(off, err)
 }
 
-// clients come and go while the guest still hears of the one before. None may
-// wait for longer than a slow machine needs.
+// clients come and go while the guest, which has just upgraded, is busy, and
+// still hears of the one before. None may wait for longer than a slow machine needs.
 func (s *story) clients(ctx context.Context) error {
 	start := time.Now()
 	for n := range 100 {
