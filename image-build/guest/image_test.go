@@ -149,7 +149,7 @@ func TestKernelSettings(t *testing.T) {
 		t.Errorf("%s is the last word, expected 60-cvm.conf", last)
 	}
 	manager := read(t, root(t, "etc/systemd/system.conf.d/cvm.conf"))
-	for _, line := range []string{"DumpCore=no", "CtrlAltDelBurstAction=none"} {
+	for _, line := range []string{"DumpCore=no", "CtrlAltDelBurstAction=none", "CrashAction=poweroff"} {
 		if !strings.Contains(manager, line+"\n") {
 			t.Errorf("systemd: %s is missing", line)
 		}

@@ -132,7 +132,7 @@ func TestParseVerity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := v.table("/dev/vda2", "/dev/vda3", root); got != "1 /dev/vda2 /dev/vda3 4096 4096 1000 1 sha256 "+root+" abcd 1 panic_on_corruption" {
+	if got := v.table("/dev/vda2", "/dev/vda3", root); got != "1 /dev/vda2 /dev/vda3 4096 4096 1000 1 sha256 "+root+" abcd 2 panic_on_corruption panic_on_error" {
 		t.Error(got)
 	}
 	for name, change := range map[string]func(b []byte){
@@ -254,7 +254,7 @@ func FuzzParseVerity(f *testing.F) {
 	f.Add(superblock(1000, []byte{1}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		v, err := ParseVerity(b)
-		if err == nil && (v.Blocks == 0 || v.Blocks > maxBlocks || len(strings.Fields(v.table("a", "b", root))) != 12) {
+		if err == nil && (v.Blocks == 0 || v.Blocks > maxBlocks || len(strings.Fields(v.table("a", "b", root))) != 13) {
 			t.Fatalf("%+v", v)
 		}
 	})

@@ -65,7 +65,7 @@ func (v *Verity) table(data, hashes, root string) string {
 	if len(v.Salt) > 0 {
 		salt = hex.EncodeToString(v.Salt)
 	}
-	return fmt.Sprintf("1 %s %s %d %d %d 1 sha256 %s %s 1 panic_on_corruption", data, hashes, verityBlock, verityBlock, v.Blocks, root, salt)
+	return fmt.Sprintf("1 %s %s %d %d %d 1 sha256 %s %s 2 panic_on_corruption panic_on_error", data, hashes, verityBlock, verityBlock, v.Blocks, root, salt)
 }
 
 // levels is how many levels of hash blocks are above n data blocks.

@@ -63,6 +63,7 @@ func (r *refusals) checks() []check {
 		boot("other-signer", "a policy that somebody else signed", refused("policy-signature-invalid", ""), r.otherSigner),
 		boot("below-floor", "a policy of a version below the image's floor", refused("policy-version-below-floor", ""), r.belowFloor),
 		boot("root-bit", "one flipped bit in the root", regexp.MustCompile(`refused: verity-failed: .*|Kernel panic - not syncing: dm-verity.*`), r.flippedBit),
+		boot("root-error", "a disk that reads no more, here and there, once the root is mounted", regexp.MustCompile(`Kernel panic - not syncing: dm-verity device has I/O error`), r.brokenSectors),
 	}
 }
 
@@ -177,15 +178,43 @@ func (r *refusals) belowFloor(ctx context.Context, o *rig.MachineOptions) error 
 	return r.seedOf(ctx, o, signed)
 }
 
-// flippedBit changes the super block of the root, which every mount reads.
-func (r *refusals) flippedBit(ctx context.Context, o *rig.MachineOptions) error {
-	start := make([]byte, 96)
+// rootStart is how many bytes the root's super block has.
+const rootStart = 96
+
+// rootAt finds the root in the disk.
+func (r *refusals) rootAt() (at, size int64, err error) {
 	root, err := os.Open(filepath.Join(r.image, "root.squashfs"))
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
 	defer root.Close()
+	info, err := root.Stat()
+	if err != nil {
+		return 0, 0, err
+	}
+	start := make([]byte, rootStart)
 	if _, err := io.ReadFull(root, start); err != nil {
+		return 0, 0, err
+	}
+	disk, err := os.Open(r.disk())
+	if err != nil {
+		return 0, 0, err
+	}
+	defer disk.Close()
+	for there := make([]byte, len(start)); ; at += 4096 {
+		if _, err := disk.ReadAt(there, at); err != nil {
+			return 0, 0, fmt.Errorf("the disk does not hold the root: %w", err)
+		}
+		if bytes.Equal(there, start) {
+			return at, info.Size(), nil
+		}
+	}
+}
+
+// flippedBit changes the super block of the root, which every mount reads.
+func (r *refusals) flippedBit(ctx context.Context, o *rig.MachineOptions) error {
+	at, _, err := r.rootAt()
+	if err != nil {
 		return err
 	}
 	path := r.Path("flipped.raw")
@@ -197,16 +226,23 @@ func (r *refusals) flippedBit(ctx context.Context, o *rig.MachineOptions) error 
 		return err
 	}
 	defer disk.Close()
-	there := make([]byte, len(start))
-	for at := int64(0); ; at += 4096 {
-		if _, err := disk.ReadAt(there, at); err != nil {
-			return fmt.Errorf("the disk does not hold the root: %w", err)
-		}
-		if bytes.Equal(there, start) {
-			const inode = 32 // of the root directory: its reference's first byte
-			_, err := disk.WriteAt([]byte{there[inode] ^ 1}, at+inode)
-			o.Disk = path
-			return err
-		}
+	const inode = 32 // of the root directory: its reference's first byte
+	there := make([]byte, 1)
+	if _, err := disk.ReadAt(there, at+inode); err != nil {
+		return err
 	}
+	_, err = disk.WriteAt([]byte{there[0] ^ 1}, at+inode)
+	o.Disk = path
+	return err
+}
+
+// brokenSectors are some of the programs' and libraries'. The mount is left
+// alone: it reads the super block and the tables at the end.
+func (r *refusals) brokenSectors(_ context.Context, o *rig.MachineOptions) error {
+	const step, tables = 4 << 20, 8 << 20
+	at, size, err := r.rootAt()
+	for offset := int64(2 * step); err == nil && offset < size-tables; offset += step {
+		o.Broken = append(o.Broken, (at+offset)/512)
+	}
+	return err
 }

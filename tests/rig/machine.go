@@ -27,6 +27,7 @@ const (
 type MachineOptions struct {
 	Name    string
 	Disk    string   // GPT disk image, read only
+	Broken  []int64  // its sectors of 512 bytes that cannot be read
 	Seeds   []string // seed images, read only
 	Scratch string   // a disk that the guest may write to
 	TPM     *TPM     // powered on and off with the machine
@@ -75,7 +76,14 @@ func (r *Rig) StartMachine(ctx context.Context, o MachineOptions) (*Machine, err
 		"-device", "virtserialport,chardev=control,name=" + ControlPort}
 	argv = append(argv, accelFlags(o.Accel)...)
 	for i, file := range append([]string{o.Disk}, o.Seeds...) {
-		argv = append(argv, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,readonly=on,file=%s", i, file),
+		source := "file=" + file
+		if i == 0 && len(o.Broken) > 0 {
+			source = "file.driver=blkdebug,file.image.driver=file,file.image.filename=" + file
+			for n, sector := range o.Broken {
+				source += fmt.Sprintf(",file.inject-error.%d.event=read_aio,file.inject-error.%d.errno=5,file.inject-error.%d.sector=%d", n, n, n, sector)
+			}
+		}
+		argv = append(argv, "-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,readonly=on,%s", i, source),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,bootindex=%d", i, i+1))
 	}
 	if o.Scratch != "" {
