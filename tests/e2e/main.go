@@ -112,11 +112,18 @@ func queue(checks []check) <-chan check {
 // all of the story, and what shared says.
 func choose(only string, tale, other, bad []check) (t, o, b []check, err error) {
 	names := strings.Split(only, ",")
-	found := map[string]bool{}
+	for i, name := range names {
+		names[i] = cmp.Or(shared[name], name)
+	}
+	found, there := map[string]bool{}, []string(nil)
 	keep := func(lane []check, nameOf func(check) string) (kept []check) {
 		for _, c := range lane {
-			if name := nameOf(c); slices.Contains(names, name) {
+			name := nameOf(c)
+			if slices.Contains(names, name) {
 				kept, found[name] = append(kept, c), true
+			}
+			if !slices.Contains(there, name) {
+				there = append(there, name)
 			}
 		}
 		return kept
@@ -126,7 +133,7 @@ func choose(only string, tale, other, bad []check) (t, o, b []check, err error) 
 	b = keep(bad, func(c check) string { return c.name })
 	for _, name := range names {
 		if !found[name] {
-			return nil, nil, nil, fmt.Errorf("no boot is called %q; tests/e2e/README.md has the names", name)
+			return nil, nil, nil, fmt.Errorf("no boot is called %q; there are %s", name, strings.Join(there, ", "))
 		}
 	}
 	return t, o, b, nil
