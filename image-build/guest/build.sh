@@ -92,7 +92,7 @@ base() {
 		t=$(now)
 		mkdir "$work/root" "$work/kernel" "$work/out"
 		tar -xpf "$tar" -C "$work/root" --exclude './dev/*'
-		dpkg-deb -x "$debs/$(awk -v g="$KERNEL_GROUP" '$1 == g { print $4 }' "$here/packages.lock").deb" "$work/kernel"
+		for sha in $(awk -v g="$KERNEL_GROUP" '$1 == g { print $4 }' "$here/packages.lock"); do dpkg-deb -x "$debs/$sha.deb" "$work/kernel"; done
 		took "$t" "unpack"
 		t=$(now)
 		unshare --mount --propagation private "$here/root.sh" "$work/root" "$work" "$work/kernel"
@@ -107,7 +107,8 @@ base() {
 		in_tools "$work" veritysetup format /mnt/out/root.squashfs /mnt/out/root.verity --root-hash-file /mnt/out/roothash \
 			--salt "$(printf 'cvm-agent guest root' | sha256sum | cut -d' ' -f1)" --uuid 5f3c2e5a-6f5c-4d0b-8d5e-63766d616765 >/dev/null
 		took "$t" "verity"
-		cp "$work"/kernel/boot/vmlinuz-* "$work/out/vmlinuz"
+		# In /boot, or, of a split kernel, beside its modules.
+		cp "$(find "$work/kernel" -name 'vmlinuz*' -type f)" "$work/out/vmlinuz"
 		basename "$work"/kernel/usr/lib/modules/* >"$work/out/release"
 		cp -R "$work/early" "$work/early.modules" "$work/scratch.modules" "$work/device.json" "$work/manifest.json" "$work/sbom.spdx.json" "$work/out/"
 		cp "$work/root/usr/lib/os-release" "$work/out/os-release"

@@ -34,8 +34,10 @@ END
 	done | while read -r d; do date -u -d "$d" +%Y%m%dT%H%M%SZ; done >>"$work/dates"
 	names=$(sed -n "s/^$group //p" "$here/packages.list")
 	case $group in
-	kernel*) # the metapackage's one dependency, by itself
-		apt-cache show --no-all-versions "$names" | sed -n 's/^Depends:.* \(linux-image-[0-9][^ ,]*\).*/\1/p' | head -n 1 ;;
+	kernel*) # the metapackage's one dependency, by itself; newer kernels are split into base, kernel and modules
+		image=$(apt-cache show --no-all-versions "$names" | sed -n 's/^Depends:.* \(linux-image-[0-9][^ ,]*\).*/\1/p' | head -n 1)
+		apt-cache show --no-all-versions "$image" | sed -n 's/^Depends: //p' | tr ',' '\n' |
+			sed -n 's/^ *\(linux-\(base\|binary\|modules\)-[0-9][^ ]*\).*/\1/p' | grep . || echo "$image" ;;
 	*)
 		# shellcheck disable=SC2086  # the names are meant to be split
 		apt-get -qq --simulate install '?essential' $names | sed -n 's/^Inst \([^ ]*\) (\([^ ]*\) .*/\1=\2/p' ;;

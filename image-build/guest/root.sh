@@ -34,12 +34,14 @@ awk 'NR == FNR { want["kernel/" $1] = 1; next } $1 in want { for (i = 1; i <= NF
 	done
 mkdir -p "$work/early/usr/lib/modules"
 builtin=$kernel/usr/lib/modules/$release/modules.builtin
-# chain NAME: the module's files in load order, what it depends on first; nothing when it is built in.
+# chain NAME: the module's files in load order, what it depends on first; nothing when it is built in,
+# or, by modules.list, has no name of its own in newer kernels.
 chain() {
 	# modules.dep lists what must be loaded first last.
 	awk -v n="$1" 'function plain(s) { sub(/.*\//, "", s); sub(/\.ko.*/, "", s); gsub(/_/, "-", s); return s }
 		plain($1) == plain(n) { for (i = NF; i >= 1; i--) print $i; found = 1 } END { exit !found }' "$work/deps" ||
-		grep -qE "/$(echo "$1" | sed 's/[-_]/[-_]/g')\.ko" "$builtin" || die "modules.list names $1, which this kernel has not"
+		grep -qE "/$(echo "$1" | sed 's/[-_]/[-_]/g')\.ko" "$builtin" ||
+		{ [ "$KERNEL_GROUP" != kernel ] && grep -qx "inside $1" "$here/modules.list"; } || die "modules.list names $1, which this kernel has not"
 }
 # names PATHS-OF-FILES: unpacks them for the initrd, prints their names there.
 names() {
@@ -50,7 +52,9 @@ names() {
 	done
 }
 for group in early scratch; do
-	for name in $(sed -n "s/^$group //p" "$here/modules.list"); do chain "$name" || exit 1; done | awk '!seen[$0]++' | names >"$work/$group.modules"
+	# Not in a pipe, which would swallow a missing module.
+	for name in $(sed -n "s/^$group //p" "$here/modules.list"); do chain "$name"; done >"$work/paths"
+	awk '!seen[$0]++' "$work/paths" | names >"$work/$group.modules"
 done
 for name in $(sed -n 's/^device //p' "$here/modules.list"); do
 	chain "$name" | names >"$work/chain"
@@ -156,10 +160,10 @@ jq --arg kernel "$(awk -v k="$KERNEL_GROUP" '$1 == k { print $2, $3, $4 }' "$her
 	| ($ids | map({key: ., value: true}) | from_entries) as $g
 	| .files |= map(select(gone | not))
 	| .relationships |= map(select(($g[.spdxElementId] or $g[.relatedSpdxElement]) | not))
-	| ($kernel | split(" ")) as [$name, $version, $sha] | "SPDXRef-Package-deb-linux-image" as $id
+	| reduce ($kernel | split("\n")[] | split(" ")) as [$name, $version, $sha] (.; ("SPDXRef-Package-deb-" + ($name | sub("-[0-9].*"; ""))) as $id
 	| .packages += [{name: $name, SPDXID: $id, versionInfo: $version, supplier: "NOASSERTION", downloadLocation: "NOASSERTION", filesAnalyzed: false,
 		checksums: [{algorithm: "SHA256", checksumValue: $sha}], licenseConcluded: "NOASSERTION", licenseDeclared: "GPL-2.0-only", copyrightText: "NOASSERTION",
 		externalRefs: [{referenceCategory: "PACKAGE-MANAGER", referenceType: "purl",
 			referenceLocator: ("pkg:deb/debian/" + ($name + "@" + $version | gsub("[+]"; "%2B")) + "?arch=amd64")}]}]
-	| .relationships += [{spdxElementId: "SPDXRef-DocumentRoot-Directory-cvm-guest", relatedSpdxElement: $id, relationshipType: "CONTAINS"}]' "$work/sbom.all" >"$work/sbom.spdx.json"
+	| .relationships += [{spdxElementId: "SPDXRef-DocumentRoot-Directory-cvm-guest", relatedSpdxElement: $id, relationshipType: "CONTAINS"}])' "$work/sbom.all" >"$work/sbom.spdx.json"
 rm -f "$work/sbom.all" "$work/installed" "$work/locked" "$work/deps"
