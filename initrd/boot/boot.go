@@ -154,8 +154,15 @@ func (s *stage) modules(context.Context) error {
 // plugged loads the modules of devices that have shown up, each once: a
 // controller's module may show more. It is asked again while disks are awaited.
 func (s *stage) plugged() error {
+	var patterns []string
 	for i, d := range s.config.Devices {
-		if s.loaded[i] || !present(sysAliases, d.Aliases) {
+		if !s.loaded[i] {
+			patterns = append(patterns, d.Aliases...)
+		}
+	}
+	shown := modaliases(sysAliases, patterns)
+	for i, d := range s.config.Devices {
+		if s.loaded[i] || !fits(d.Aliases, shown) {
 			continue
 		}
 		if err := loadModules(moduleDir, d.Modules); err != nil {

@@ -381,11 +381,13 @@ func FuzzDecodeConfig(f *testing.F) {
 	})
 }
 
-func TestPresent(t *testing.T) {
+func TestDevicesAreFoundByTheirModalias(t *testing.T) {
 	sys := t.TempDir()
 	for file, alias := range map[string]string{
 		"bus/virtio/devices/virtio1/modalias":     "virtio:d00000002v00001AF4\n",
 		"bus/platform/devices/sev-guest/modalias": "platform:sev-guest\n",
+		"bus/acpi/devices/VMBUS:00/modalias":      "acpi:VMBUS:\n",
+		"bus/pci/devices/0000:00:1f.3/modalias":   "pci:v00008086d00002930\n",
 		"devices/system/cpu/modalias":             "cpu:type:x86,ven0000fam0006mod008F:feature:,0000,0116,0117\n",
 	} {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(sys, file)), 0o755); err != nil {
@@ -401,9 +403,12 @@ func TestPresent(t *testing.T) {
 		"platform:sev-guest":                       true,
 		"cpu:type:x86,ven*fam*mod*:feature:*0116*": true,
 		"cpu:type:x86,ven*fam*mod*:feature:*0118*": false,
-		"acpi*:VMBUS:*":                            false,
+		"acpi*:VMBUS:*":                            true,
+		"acpi*:VMBus:*":                            false,
+		"pci:v00008086d*":                          true,
 	} {
-		if got := present(sys, []string{"none", pattern}); got != want {
+		patterns := []string{"none", "platform:other", pattern}
+		if got := fits(patterns, modaliases(sys, patterns)); got != want {
 			t.Errorf("%s: %t, expected %t", pattern, got, want)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -79,22 +80,39 @@ func loadModules(dir string, names []string) error {
 	return nil
 }
 
-// present says whether a device, or the processor, has a modalias that one of
-// the patterns fits.
-func present(sys string, patterns []string) bool {
-	shown, _ := filepath.Glob(sys + "/bus/*/devices/*/modalias") // the pattern is sound
-	for _, file := range append(shown, sys+"/devices/system/cpu/modalias") {
-		alias, err := os.ReadFile(file) // the kernel bounds it
-		if err != nil {
-			continue // unplugged
+// modaliases returns what sysfs shows of the devices that patterns can name: a
+// modalias begins with its bus. Others are not read: a machine has hundreds.
+func modaliases(sys string, patterns []string) []string {
+	files := map[string][]string{}
+	for _, p := range patterns {
+		bus, _, _ := strings.Cut(p, ":")
+		bus = strings.TrimSuffix(bus, "*") // "acpi*:VMBUS:*"
+		if _, done := files[bus]; done {
+			continue
 		}
-		for _, p := range patterns {
-			if fits, _ := path.Match(p, strings.TrimSpace(string(alias))); fits {
-				return true
+		if files[bus] = []string{sys + "/devices/system/cpu/modalias"}; bus != "cpu" {
+			files[bus], _ = filepath.Glob(sys + "/bus/" + bus + "/devices/*/modalias") // the pattern is sound
+		}
+	}
+	var out []string
+	for _, list := range files {
+		for _, file := range list {
+			if alias, err := os.ReadFile(file); err == nil { // the kernel bounds it; or unplugged
+				out = append(out, strings.TrimSpace(string(alias)))
 			}
 		}
 	}
-	return false
+	return out
+}
+
+// fits says whether one of the patterns fits one of the modaliases.
+func fits(patterns, shown []string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		return slices.ContainsFunc(shown, func(alias string) bool {
+			ok, _ := path.Match(p, alias)
+			return ok
+		})
+	})
 }
 
 // moduleFiles maps the names of modules to their files.
