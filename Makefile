@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help deps build broker-pkcs11 test race lint fuzz bench demo clean \
-	image image-debug image-check image-repro image-lock e2e
+	image image-debug image-check image-repro image-lock deps-vm e2e
 
 # Static binaries without cgo. The tags are the same everywhere, so that builds,
 # tests and the linter share one cache: an OpenPGP without gpgme, podman's
@@ -108,8 +108,13 @@ image-lock: ## take the mirror's present versions into image-build/guest/package
 	@sh tests/deps.sh image
 	@image-build/guest/build.sh lock
 
-e2e: deps build ## the guest image booted in QEMU: its whole life, and what it refuses; ends with "e2e: N/N"
+# Of the stock tools, a boot needs two: the others take minutes to build.
+deps-vm:
+	@sh tests/deps.sh apt
+	@sh tests/deps.sh tools registry cosign
 	@sh tests/deps.sh vm
+
+e2e: deps-vm build ## the guest image booted in QEMU: its whole life, and what it refuses; ends with "e2e: N/N"
 	@go build -ldflags '-s -w' -o bin/cvm-e2e ./tests/e2e
 	@$(AS_ROOT) bin/cvm-e2e $(E2EFLAGS)
 
