@@ -28,6 +28,7 @@ const containersConf = `
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096", "memlock=8388608:8388608"]
 netns = "host"
+seccomp_profile = %q
 log_driver = "k8s-file"
 [engine]
 runtime = "runc"
@@ -88,7 +89,7 @@ func newService(t *testing.T) *service {
 		t.Fatal(err)
 	}
 	s := &service{t: t, dir: dir, socket: filepath.Join(dir, "podman.sock")}
-	if err := os.WriteFile(filepath.Join(dir, "containers.conf"), []byte(containersConf), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "containers.conf"), []byte(fmt.Sprintf(containersConf, imageProfile(t, dir))), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

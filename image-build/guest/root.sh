@@ -70,6 +70,9 @@ install -D -m 755 "$bin/cvm-agent" "$root/usr/bin/cvm-agent"
 install -D -m 755 "$bin/cvm-sbom" "$root/usr/lib/cvm-agent/cvm-sbom"
 install -D -m 644 "$repo/agent/README.md" "$root/usr/share/doc/cvm-agent/README.md"
 cp -R "$here/root/." "$root/"
+profile=$root/usr/share/containers/seccomp.json
+jq -f "$here/seccomp.jq" "$profile" >"$work/seccomp.json"
+cat "$work/seccomp.json" >"$profile"
 for unit in "$repo"/units/*.service "$repo"/units/*.socket "$repo"/units/*.target "$repo"/units/*.path "$repo"/units/*.timer "$repo"/units/*.mount; do
 	[ ! -e "$unit" ] || install -m 644 "$unit" "$root/usr/lib/systemd/system/"
 done
