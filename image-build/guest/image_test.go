@@ -140,6 +140,7 @@ func TestKernelSettings(t *testing.T) {
 	for key, want := range map[string]string{
 		"kernel.kexec_load_disabled": "1", "kernel.sysrq": "0", "kernel.core_pattern": "|/bin/false", "fs.suid_dumpable": "0", "kernel.dmesg_restrict": "1",
 		"kernel.kptr_restrict": "2", "kernel.yama.ptrace_scope": "2", "kernel.unprivileged_bpf_disabled": "1", "kernel.panic": "-1",
+		"net.ipv4.conf.all.rp_filter": "1", "net.ipv4.conf.default.rp_filter": "1", "net.ipv4.conf.all.accept_redirects": "0", "net.ipv6.conf.all.forwarding": "0",
 	} {
 		if set[key] != want {
 			t.Errorf("sysctl %s is %q, expected %s", key, set[key], want)
