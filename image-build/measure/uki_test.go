@@ -17,6 +17,7 @@ import (
 const (
 	goldenUKI     = "00a4577ea70806aab2b8ea9fd6d8101f2269a953539c5c2e9907f46a96117284"
 	goldenKernel  = "bd39beea5ed37cd9d5c15bb4b2bb91eb2530bb833506c0415a0987d5b7f4aae9"
+	goldenPCR2    = "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969"
 	goldenPCR4    = "26edf0a3db00fba361d3e7ba5d500fc0f45f752866d065752af401f71863ae37"
 	goldenPCR9    = "a38141a24546640991eb07ae9e87d38921780c5d687c37039283687705aa7ed4"
 	goldenPCR11   = "085ff1720ea94b16ac1f4866c5825227d1a87bcbf42b11cd43100b35389153ef"
@@ -48,7 +49,7 @@ func TestPCRs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, want := range map[string]string{"4": goldenPCR4, "9": goldenPCR9, "11": goldenPCR11, "12": release.ZeroPCR, "13": release.ZeroPCR, "8": ""} {
+	for i, want := range map[string]string{"2": goldenPCR2, "4": goldenPCR4, "9": goldenPCR9, "11": goldenPCR11, "12": release.ZeroPCR, "13": release.ZeroPCR, "8": ""} {
 		if got[i] != want {
 			t.Errorf("PCR %s is %q, expected %q", i, got[i], want)
 		}

@@ -1,6 +1,7 @@
 package measurecmd
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"strings"
@@ -22,13 +23,15 @@ type predicted struct {
 
 func pcrCommand() *cobra.Command {
 	var o out
-	var image, uki, initdata, phases, platform, paravisor string
+	var image, uki, initdata, phases, pcr2, platform, paravisor string
 	c := &cobra.Command{
-		Use:   "pcr --image DISK | --uki FILE [--initdata FILE] [--phases WORD:WORD…]",
-		Short: "Predict PCRs 4, 9, 11, 12 and 13 of a booted image, and 8 for an initdata",
+		Use:   "pcr --image DISK | --uki FILE [--initdata FILE] [--phases WORD:WORD…] [--pcr2 HEX]",
+		Short: "Predict PCRs 2, 4, 9, 11, 12 and 13 of a booted image, and 8 for an initdata",
 		Long: "Pcr prints what a TPM's PCRs (SHA-256) hold once the image has booted from its disk. With --image the\n" +
 			"UKI is /EFI/BOOT/BOOTX64.EFI of the disk's EFI system partition. PCR 11 depends on how far the boot\n" +
 			"has come where systemd-pcrphase is: sysinit:ready if /init is not systemd. This project's image has none.\n" +
+			"PCR 2 is that of firmware to which nobody added a driver. Where the machine's own firmware measures drivers\n" +
+			"there, give what it leaves with --pcr2, from a boot of a machine that you trust.\n" +
 			"A launch entry never names PCR 8: the launch policy, which release rules name, is what it holds.",
 		Example: "  cvmctl measure pcr --image disk.raw --initdata initdata.toml\n" +
 			"  cvmctl measure pcr --uki uki.efi --format reference-values --label guest-1.4 --into reference.yaml",
@@ -53,6 +56,15 @@ func pcrCommand() *cobra.Command {
 					return named(initdata, err)
 				}
 			}
+			if pcr2 != "" {
+				config.PCR2 = make([]byte, 32)
+				if err := bytesOf("pcr2", pcr2, config.PCR2); err != nil {
+					return err
+				}
+				if bytes.Equal(config.PCR2, make([]byte, 32)) {
+					return cause.New(cause.Usage, "--pcr2 is zero: such firmware measures nothing")
+				}
+			}
 			pcrs, err := measure.PCRs(u, config)
 			if err != nil {
 				return err
@@ -69,6 +81,7 @@ func pcrCommand() *cobra.Command {
 	f.StringVar(&uki, "uki", "", "unified kernel image `FILE`")
 	f.StringVar(&initdata, "initdata", "", "initdata `FILE`, for PCR 8")
 	f.StringVar(&phases, "phases", strings.Join(measure.DefaultPhases, ":"), "boot phases measured into PCR 11, `WORD:WORD…`; empty for none")
+	f.StringVar(&pcr2, "pcr2", "", "PCR 2 that the machine's firmware leaves, `HEX`; default: no driver was measured there")
 	f.StringVar(&platform, "platform", release.PlatformTPM, "platform of the launch entry: tpm or az-snp-vtpm")
 	f.StringVar(&paravisor, "paravisor", "", "for az-snp-vtpm: MEASUREMENT of Azure's paravisor, `HEX`")
 	o.flags(c)
@@ -95,7 +108,7 @@ func pcrEntry(platform, paravisor string, pcrs map[string]string) (release.Launc
 
 func pcrText(pcrs map[string]string) string {
 	var b strings.Builder
-	for _, i := range []string{"4", "8", "9", "11", "12", "13"} {
+	for _, i := range []string{"2", "4", "8", "9", "11", "12", "13"} {
 		if v, ok := pcrs[i]; ok {
 			fmt.Fprintf(&b, "PCR %-2s %s\n", i, v)
 		}

@@ -53,7 +53,7 @@ func goodTDX(digit string) *TDXFacts {
 
 func goodPCRs(digit string) map[int]string {
 	h := func(n string) string { return hexes(digit+n, 32) }
-	return map[int]string{4: h("4"), 7: h("7"), 9: h("9"), 11: h("b"), 12: release.ZeroPCR, 13: release.ZeroPCR}
+	return map[int]string{2: "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969", 4: h("4"), 7: h("7"), 9: h("9"), 11: h("b"), 12: release.ZeroPCR, 13: release.ZeroPCR}
 }
 
 // goodFacts are what the example document accepts on a platform.

@@ -25,7 +25,7 @@ import (
 )
 
 // booted are the PCRs of a guest that booted an image.
-var booted = map[int][32]byte{4: {4}, 9: {9}, 11: {11}}
+var booted = map[int][32]byte{2: {2}, 4: {4}, 9: {9}, 11: {11}}
 
 // bootedEvidence is the evidence of a guest that booted an image on a platform.
 func (p *platforms) bootedEvidence(t *testing.T, tee string, rd [48]byte) string {
@@ -44,7 +44,7 @@ func (p *platforms) bootedEvidence(t *testing.T, tee string, rd [48]byte) string
 				p.tpm.Extend(i, v[:])
 			}
 		}
-		e := p.tpm.Evidence(rd, 0, 4, 8, 9, 11, 12, 13)
+		e := p.tpm.Evidence(rd, 0, 2, 4, 8, 9, 11, 12, 13)
 		pcrs, err := json.Marshal(e.Quote.PCRs)
 		if err != nil {
 			t.Fatal(err)
@@ -91,7 +91,7 @@ func observed(f appraisal.Facts) release.Launch {
 	}
 	if len(f.PCRs) > 0 {
 		l.PCRs = map[string]string{}
-		for _, i := range []int{4, 9, 11, 12, 13} {
+		for _, i := range []int{2, 4, 9, 11, 12, 13} {
 			l.PCRs[fmt.Sprint(i)] = f.PCRs[i]
 		}
 	}
@@ -173,7 +173,7 @@ func TestReferenceDocumentOnEveryPlatform(t *testing.T) {
 				}
 				refused(appraisal.CheckTCBDate, observed(f), release.TCB{TDX: &release.TDXTCB{MinimumTCBDate: "2090-01-01T00:00:00Z"}})
 			}
-			for _, i := range []string{"4", "9", "11"} {
+			for _, i := range []string{"2", "4", "9", "11"} {
 				l := observed(f)
 				if l.PCRs == nil {
 					break

@@ -29,7 +29,7 @@ var fakePCR = bytes.Repeat([]byte{7}, 32)
 func (l *launched) measured(t *testing.T) map[string]string {
 	t.Helper()
 	pcrs := map[string]string{"12": release.ZeroPCR, "13": release.ZeroPCR}
-	for i, name := range map[int]string{4: "4", 9: "9", 11: "11"} {
+	for i, name := range map[int]string{2: "2", 4: "4", 9: "9", 11: "11"} {
 		l.tpm.Extend(i, fakePCR)
 		pcrs[name] = hexOf(l.tpm.Read(i))
 	}
@@ -191,7 +191,7 @@ func TestLesson25_ReferenceDocuments(t *testing.T) {
 // those of the configuration.
 func TestReferenceIsVerifiedOnEachLoad(t *testing.T) {
 	one, two := dssetest.New(t, "ecdsa"), dssetest.New(t, "ecdsa")
-	d := (&launched{signer: one}).document(map[string]string{"4": strings.Repeat("4", 64), "9": strings.Repeat("9", 64), "11": strings.Repeat("1", 64), "12": release.ZeroPCR, "13": release.ZeroPCR}, 3)
+	d := (&launched{signer: one}).document(map[string]string{"2": strings.Repeat("2", 64), "4": strings.Repeat("4", 64), "9": strings.Repeat("9", 64), "11": strings.Repeat("1", 64), "12": release.ZeroPCR, "13": release.ZeroPCR}, 3)
 	now := time.Unix(1_800_000_000, 0)
 	d.Expires = now.Add(time.Minute).UTC().Format(time.RFC3339)
 	envelope := signedDocument(t, d, one)

@@ -254,7 +254,7 @@ func (s *scene) measure(ctx context.Context, image, label string) (map[string]an
 	if err := json.Unmarshal([]byte(out), &entries); err != nil || len(entries.Launch) != 1 {
 		return nil, fmt.Errorf("cvmctl measure pcr: %d launch entries, %w", len(entries.Launch), err)
 	}
-	for _, pcr := range []string{"4", "9", "11", "12", "13"} {
+	for _, pcr := range []string{"2", "4", "9", "11", "12", "13"} {
 		if pcrs, _ := entries.Launch[0]["pcrs"].(map[string]any); pcrs[pcr] == nil {
 			return nil, fmt.Errorf("cvmctl measure pcr predicts no PCR %s", pcr)
 		}

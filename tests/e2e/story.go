@@ -40,7 +40,7 @@ func (s *story) checks() []check {
 	return []check{
 		{"measured", "the early stage binds the launch to the seed's policy: PCR 8 is the predicted one", s.measured},
 		{"attested", "the broker accepts the evidence, by the endorsement key of this run's authority", s.attested},
-		{"predicted", "the key is released under PCR 4, 9, 11, 12 and 13 as computed from the image file", s.predicted},
+		{"predicted", "the key is released under PCR 2, 4, 9, 11, 12 and 13 as computed from the image file", s.predicted},
 		{"ready", "the agent says so on the virtio-serial port, of the policy that was signed", s.ready},
 		{"answers", "the decrypted image runs on podman's bridge and answers the host", s.answers("vault v1")},
 		{"secret", "and has the broker's secret as a file", func(ctx context.Context) error {

@@ -36,10 +36,12 @@ func HasPCRs(platform string) bool {
 // ZeroPCR is the value of a PCR that nothing was measured into.
 const ZeroPCR = "0000000000000000000000000000000000000000000000000000000000000000"
 
-// PinnedPCRs are those without which a PCR launch says nothing: 4 and 11 hold
-// the UKI, 9 what the kernel was given as initrds, 12 and 13 what the host
-// slipped in beside it (command line, credentials, extensions): always zero.
-var PinnedPCRs = []string{"4", "9", "11", "12", "13"}
+// PinnedPCRs are those without which a PCR launch says nothing: 2 holds the
+// drivers that ran before the UKI (option ROMs, Driver#### variables), which
+// could change it after it was measured, 4 and 11 hold the UKI, 9 what the
+// kernel was given as initrds, 12 and 13 what the host slipped in beside it
+// (command line, credentials, extensions): always zero.
+var PinnedPCRs = []string{"2", "4", "9", "11", "12", "13"}
 
 // Launch is one launch of one platform, measured in every part. Evidence
 // matches it entirely or not at all: parts of two launches are no launch.
@@ -49,8 +51,8 @@ type Launch struct {
 	SNP      *SNPLaunch `json:"snp,omitempty"`                                                                      // snp: the measured direct boot; az-snp-vtpm: the paravisor
 	TDX      *TDXLaunch `json:"tdx,omitempty"`                                                                      // tdx, az-tdx-vtpm
 	// PCRs are SHA-256 PCRs by index ("0" to "23"), 64 lowercase hex digits. For
-	// tpm and the Azure forms; "4", "9" and "11" are required, "12" and "13" are
-	// required and must be zero.
+	// tpm and the Azure forms; "2", "4", "9" and "11" are required, "12" and "13"
+	// are required and must be zero.
 	PCRs map[string]string `json:"pcrs,omitempty"`
 }
 
@@ -267,7 +269,7 @@ func (l Launch) validatePCRs(path string) error {
 			return field(at, "%q is not 64 lowercase hex digits", clip(v))
 		}
 		switch i {
-		case "4", "9", "11":
+		case "2", "4", "9", "11":
 			if v == ZeroPCR {
 				return field(at, "is zero: nothing would be measured")
 			}

@@ -113,6 +113,8 @@ func TestReferenceRefusals(t *testing.T) {
 		"no RTMR 2":                       {strings.Repeat("c4", 48), "", "launch[2].tdx.rtmr2"},
 		"a family ID of 15 bytes":         {strings.Repeat("a4", 16), strings.Repeat("a4", 15), "launch[0].snp.familyID"},
 		"SNP parts on TDX":                {"    platform: tdx", "    platform: tdx\n    snp: {measurement: " + strings.Repeat("a", 96) + "}", "launch[2].snp"},
+		"an Azure launch without PCR 2":   {line("3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969"), "", "launch[3].pcrs: PCR 2"},
+		"PCR 2 as zero":                   {"3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969", zero, "launch[3].pcrs.2"},
 		"a tpm launch without PCR 4":      {line(strings.Repeat("f4", 32)), "", "launch[5].pcrs: PCR 4"},
 		"a tpm launch without PCR 9":      {line(strings.Repeat("f9", 32)), "", "launch[5].pcrs: PCR 9"},
 		"an Azure launch without PCR 11":  {line(strings.Repeat("db", 32)), "", "launch[3].pcrs: PCR 11"},

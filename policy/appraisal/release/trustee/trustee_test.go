@@ -192,7 +192,7 @@ func tdxClaims(digit string) map[string]any {
 
 func pcrClaims(digit string) map[string]any {
 	h := func(n string) string { return hexes(digit+n, 32) }
-	return map[string]any{"pcr04": h("4"), "pcr07": h("7"), "pcr09": h("9"), "pcr11": h("b"), "pcr12": release.ZeroPCR, "pcr13": release.ZeroPCR}
+	return map[string]any{"pcr02": "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969", "pcr04": h("4"), "pcr07": h("7"), "pcr09": h("9"), "pcr11": h("b"), "pcr12": release.ZeroPCR, "pcr13": release.ZeroPCR}
 }
 
 func goodClaims(platform string) map[string]any {
@@ -316,7 +316,7 @@ func TestExportEvaluates(t *testing.T) {
 		"no TCB date":                  at("tdx", nil, "tcb_date"),
 	}
 	for _, platform := range []string{"az-snp-vtpm", "az-tdx-vtpm", "tpm"} {
-		for _, pcr := range []string{"pcr04", "pcr09", "pcr11", "pcr12", "pcr13"} {
+		for _, pcr := range []string{"pcr02", "pcr04", "pcr09", "pcr11", "pcr12", "pcr13"} {
 			where := []string{platform, "tpm", pcr}
 			if platform == "tpm" {
 				where = []string{platform, pcr}
