@@ -216,3 +216,10 @@ func TestPresets(t *testing.T) {
 		t.Errorf("podman's socket: %v", socket)
 	}
 }
+
+// A crash of the agent writes no stack: in the image stderr is the host's, too.
+func TestNoStackOnTheConsole(t *testing.T) {
+	if got := directives(t, "cvm-agent.service")["Environment"]; len(got) != 1 || got[0] != "GOTRACEBACK=none" {
+		t.Errorf("Environment=%v", got)
+	}
+}

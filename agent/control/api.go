@@ -37,6 +37,7 @@ type Phase struct {
 	Outcome    string    `json:"outcome"`
 	Cause      string    `json:"cause,omitempty"` // stable code, see policy/cause
 	Text       string    `json:"text,omitempty"`
+	Log        string    `json:"log,omitempty"` // a failed workload's last lines; to callers on the unix socket alone
 	Start      time.Time `json:"start"`
 	DurationMS float64   `json:"durationMs"` // so far, while it runs
 }

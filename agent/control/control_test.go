@@ -100,7 +100,7 @@ func (a *agent) Upgrade(ctx context.Context, order []byte) error {
 func (a *agent) Destroy(ctx context.Context) error { return a.destroy(ctx) }
 
 // serve starts a server and returns its socket.
-func serve(t *testing.T, a *agent) string {
+func serve(t *testing.T, a Agent) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ctl")
 	if err != nil {

@@ -42,7 +42,7 @@ func pair(t testing.TB) (guest, host net.Conn) {
 }
 
 // servePair serves a port and returns the host's end of it.
-func servePair(t testing.TB, a *agent) net.Conn {
+func servePair(t testing.TB, a Agent) net.Conn {
 	t.Helper()
 	guest, host := pair(t)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -67,7 +67,7 @@ func once(p Port) func() (Port, error) {
 
 // serveSerial plays QEMU's socket: one client at a time on the host's side, and
 // no sign of it on the guest's.
-func serveSerial(t *testing.T, a *agent) (path string) {
+func serveSerial(t *testing.T, a Agent) (path string) {
 	t.Helper()
 	host := servePair(t, a)
 	dir, err := os.MkdirTemp("", "ctl")

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -113,8 +114,22 @@ func (s *Server) read(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
-	s.answer(w, http.StatusOK, s.agent.Status())
+func (s *Server) status(w http.ResponseWriter, r *http.Request) {
+	st := s.agent.Status()
+	st.Phases = slices.Clone(st.Phases)
+	for i := range st.Phases {
+		st.Phases[i] = shownTo(r, st.Phases[i])
+	}
+	s.answer(w, http.StatusOK, st)
+}
+
+// shownTo is the phase as the caller may see it: what a workload wrote stays in
+// the guest, and only a unix socket's caller is known to be there.
+func shownTo(r *http.Request, p Phase) Phase {
+	if caller, _ := callerOf(r); caller.Transport != TransportUnix {
+		p.Log = ""
+	}
+	return p
 }
 
 // events writes the recorded events, and with ?follow=1 those to come.
@@ -143,6 +158,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) {
 		list, more := s.agent.Events(after)
 		for _, e := range list {
 			after = e.Seq
+			e.Phase = shownTo(r, e.Phase)
 			if out.line(e) != nil {
 				return
 			}
@@ -203,6 +219,7 @@ func (s *Server) carryOut(w http.ResponseWriter, r *http.Request, order func(con
 		list, more := s.agent.Events(after)
 		for _, e := range list {
 			after = e.Seq
+			e.Phase = shownTo(r, e.Phase)
 			gone = gone || out.line(Line{Event: &e}) != nil
 		}
 		gone = gone || out.flush() != nil
@@ -217,6 +234,7 @@ func (s *Server) carryOut(w http.ResponseWriter, r *http.Request, order func(con
 			}
 			list, _ := s.agent.Events(after)
 			for _, e := range list {
+				e.Phase = shownTo(r, e.Phase)
 				gone = gone || out.line(Line{Event: &e}) != nil
 			}
 			if !gone {

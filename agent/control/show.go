@@ -80,10 +80,14 @@ func dash(s string) string {
 }
 
 func (p *Phase) detail() string {
+	text := p.Text
 	if p.Cause != "" {
-		return p.Cause + ": " + p.Text
+		text = p.Cause + ": " + text
 	}
-	return p.Text
+	if p.Log != "" {
+		text += "; its last lines: " + p.Log
+	}
+	return text
 }
 
 func duration(ms float64) string {

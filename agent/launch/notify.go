@@ -33,6 +33,10 @@ func (systemd) powerOff(ctx context.Context) error {
 	return err
 }
 
+// LogKey is the attribute that a workload's own words are in: for the journal,
+// and for no logger whose output may be the console.
+const LogKey = "log"
+
 // notice writes each event to the journal and to STATUS=.
 func (a *Agent) notice(e control.Event) {
 	at := e.Sequence + ": " + e.Name
@@ -54,6 +58,9 @@ func (a *Agent) notice(e control.Event) {
 	}
 	if e.Text != "" {
 		attrs = append(attrs, slog.String("text", e.Text))
+	}
+	if e.Log != "" {
+		attrs = append(attrs, slog.String(LogKey, e.Log))
 	}
 	level := slog.LevelInfo
 	switch e.Outcome {

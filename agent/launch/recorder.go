@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
+	"github.com/cc-runtime/cvm-agent/agent/workload"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -39,10 +40,10 @@ type step struct {
 	skip  string
 }
 
-func (r *recorder) begin(sequence, name, workload string) *step {
+func (r *recorder) begin(sequence, name, of string) *step {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := &step{r: r, phase: control.Phase{Sequence: sequence, Name: name, Workload: workload, Outcome: control.Running, Start: r.now()}}
+	s := &step{r: r, phase: control.Phase{Sequence: sequence, Name: name, Workload: of, Outcome: control.Running, Start: r.now()}}
 	r.phases = append(r.phases, s)
 	if len(r.phases) > maxPhases {
 		r.phases = r.phases[len(r.phases)-maxPhases:]
@@ -101,6 +102,7 @@ func (s *step) end(err error) {
 	switch {
 	case err != nil:
 		s.phase.Outcome, s.phase.Cause, s.phase.Text = control.Failed, string(cause.Of(err)), textOf(err)
+		s.phase.Log = workload.LogOf(err)
 	case s.skip != "":
 		s.phase.Outcome, s.phase.Text = control.Skipped, s.skip
 	case s.phase.Outcome == control.Waiting:

@@ -68,9 +68,9 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 		if err == nil {
 			return nil
 		}
-		var ended *endedError
+		var ended *Ended
 		if errors.As(err, &ended) {
-			return cause.New(cause.WorkloadUnhealthy, "%s %s", c.Workload, p.withLog(ctx, id, c, ended.Error()))
+			return cause.New(cause.WorkloadUnhealthy, "%s %w", c.Workload, &Ended{ended.Code, p.lastLines(ctx, id, c)})
 		}
 		if code := cause.Of(err); code == cause.PodmanUnavailable && ctx.Err() == nil {
 			return err
@@ -85,10 +85,25 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 	}
 }
 
-// endedError says that the container is no longer running.
-type endedError struct{ code int32 }
+// Ended says that the container is no longer running. Its text goes to the
+// console, which is the host's: the workload's own words are beside it.
+type Ended struct {
+	Code int32
+	Log  string // "" where there is none, or the policy lets none out
+}
 
-func (e *endedError) Error() string { return fmt.Sprintf("exited with status %d", e.code) }
+// LogOf returns the last log lines of the workload that err is about, "" if
+// there are none. They are for the journal and the local socket alone, and are
+// in no error's text.
+func LogOf(err error) string {
+	var ended *Ended
+	if errors.As(err, &ended) {
+		return ended.Log
+	}
+	return ""
+}
+
+func (e *Ended) Error() string { return fmt.Sprintf("exited with status %d", e.Code) }
 
 // Probe runs the check once, bounded by its timeout. A container that does not
 // run fails whatever the check says.
@@ -102,9 +117,9 @@ func (p *Podman) Probe(ctx context.Context, id string, c Container) error {
 		if c.Run.Restart == "always" || (c.Run.Restart == "on-failure" && data.State != nil && data.State.ExitCode != 0) {
 			return fmt.Errorf("not running, waiting for its restart")
 		}
-		ended := &endedError{}
+		ended := &Ended{}
 		if data.State != nil {
-			ended.code = data.State.ExitCode
+			ended.Code = data.State.ExitCode
 		}
 		return ended
 	}
@@ -197,13 +212,20 @@ func probeHTTP(ctx context.Context, addr, path string) error {
 		return err
 	}
 	resp, err := probeClient.Do(req)
-	if err != nil {
-		return err
+	var op *net.OpError
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return fmt.Errorf("GET %s: %w", path, ctx.Err())
+	case errors.As(err, &op):
+		return fmt.Errorf("GET %s: %w", path, op)
+	default: // net/http quotes what it could not read, and that is the workload's
+		return fmt.Errorf("GET %s: no answer in HTTP", path)
 	}
 	defer resp.Body.Close()
 	_, _ = io.CopyN(io.Discard, resp.Body, maxBody)
 	if resp.StatusCode < 200 || resp.StatusCode > 399 {
-		return fmt.Errorf("GET %s answered %s, expected 200–399", path, resp.Status)
+		return fmt.Errorf("GET %s answered %d, expected 200–399", path, resp.StatusCode) // the phrase is the workload's
 	}
 	return nil
 }
@@ -245,10 +267,11 @@ func address(data *define.InspectContainerData, ports []policy.Port, port uint16
 	return "", fmt.Errorf("port %d cannot be probed: the container has no address and does not publish it", port)
 }
 
-// withLog adds the container's last log lines, where the policy lets logs out.
-func (p *Podman) withLog(ctx context.Context, id string, c Container, text string) string {
+// lastLines returns the end of the container's log, where the policy lets logs
+// out: one line, bounded.
+func (p *Podman) lastLines(ctx context.Context, id string, c Container) string {
 	if c.LogRule == "none" {
-		return text
+		return ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -267,11 +290,10 @@ func (p *Podman) withLog(ctx context.Context, id string, c Container, text strin
 	err := containers.Logs(p.with(ctx), id, opts, lines, lines)
 	close(lines)
 	<-done
-	if err != nil || len(tail) == 0 {
-		return text
+	if err != nil {
+		return ""
 	}
-	log := printable(strings.Join(tail, " | "))
-	return text + "; its last lines: " + log
+	return printable(strings.Join(tail, " | "))
 }
 
 // printable bounds hostile text to one line without control characters.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"strings"
@@ -38,7 +39,18 @@ func logger() *slog.Logger {
 	if ok, err := journal.StderrIsJournalStream(); err == nil && ok {
 		return slog.New(&journalHandler{})
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, nil))
+	return slog.New(textHandler(os.Stderr))
+}
+
+// textHandler leaves out what workloads wrote: stderr may be a console, and a
+// guest's console is the host's.
+func textHandler(w io.Writer) slog.Handler {
+	return slog.NewTextHandler(w, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == launch.LogKey {
+			return slog.Attr{}
+		}
+		return a
+	}})
 }
 
 func oneLine(err error) string {
