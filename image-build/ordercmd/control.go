@@ -28,7 +28,7 @@ func controlCommand() *cobra.Command {
 		Long: "Ask or order a guest's agent over its virtio-serial port, from the host. PATH is the unix socket of QEMU's\n" +
 			"-chardev socket,server=on,wait=off for the port org.cvm-agent.control, or a character device. The policy in\n" +
 			"force must open the port (control.virtioSerial); orders need a signature, see `cvmctl order`. Orders end\n" +
-			"with the exit status of their outcome.",
+			"with the exit status of their outcome. Answers are not signed: all that is read here is the host's word.",
 		Example: "  cvmctl control --serial cvm.sock status\n" +
 			"  cvmctl control --serial cvm.sock --wait 10m events --follow\n" +
 			"  cvmctl control --serial cvm.sock order order.json",
@@ -109,6 +109,9 @@ func (r *remote) order() *cobra.Command {
 				return err
 			}
 			err = r.client().Signed(c.Context(), document, func(e control.Event) { _ = r.event(c, e) })
+			if err == nil {
+				fmt.Fprintln(c.ErrOrStderr(), hostsWord(document))
+			}
 			if r.output == "json" {
 				result := control.Result{Outcome: control.OK}
 				if err != nil {
@@ -123,4 +126,19 @@ func (r *remote) order() *cobra.Command {
 			return err
 		},
 	}
+}
+
+// hostsWord is what an operator has to know of an outcome that came by way of
+// the host: it could have dropped the order and answered "ok" by itself. Of a
+// destroy no record is made anywhere else, so a tombstone has to be set.
+func hostsWord(document []byte) string {
+	text := "cvmctl: this outcome is the host's word: nothing over the serial port is signed by the guest"
+	d, err := order.Parse(document)
+	if err != nil {
+		return text
+	}
+	if o, err := d.Peek(); err == nil && o.Operation == order.Destroy && o.InstanceID != "" {
+		text += "; that the broker releases nothing more to it takes `cvmctl broker instance tombstone " + o.InstanceID + "`"
+	}
+	return text
 }

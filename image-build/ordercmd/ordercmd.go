@@ -31,9 +31,11 @@ func orderCommand() *cobra.Command {
 		Short: "Make signed orders to upgrade or destroy an instance",
 		Long: "Make signed orders: to one boot of one instance, good once and for minutes. An order is signed by a key\n" +
 			"of the running policy's control.orderKeys and answers a challenge of the agent's, from `cvmctl control\n" +
-			"challenge`, from `cvm-agent ctl challenge` in the guest, or from GET /v1/challenge.",
+			"challenge`, from `cvm-agent ctl challenge` in the guest, or from GET /v1/challenge. The challenge comes by way\n" +
+			"of the host, which may pass on another guest's: whom the order is for is said by --policy-name and\n" +
+			"--instance, and a challenge that names anyone else is not signed.",
 		Example: "  cvmctl control --serial cvm.sock challenge |\n" +
-			"    cvmctl order destroy --key operator.key --out order.json\n" +
+			"    cvmctl order destroy --key operator.key --policy-name shop --instance ID --out order.json\n" +
 			"  cvmctl control --serial cvm.sock order order.json",
 	}
 	c.AddCommand(makeCommand(order.Upgrade), makeCommand(order.Destroy), showCommand())
@@ -42,26 +44,34 @@ func orderCommand() *cobra.Command {
 
 func makeCommand(operation string) *cobra.Command {
 	var keys []string
-	var challenge, carried, out, passwordFile string
+	var challenge, carried, out, passwordFile, policyName, instance string
 	ttl := order.DefaultTTL
 	c := &cobra.Command{
-		Use:   operation + " --key KEY [--challenge FILE] --out FILE",
+		Use:   operation + " --key KEY --policy-name NAME --instance ID [--challenge FILE] --out FILE",
 		Short: "Make a signed order to " + operation,
 		Long: "Make a signed order to " + operation + ". Keys are those of `cosign generate-key-pair`, or PKCS #8 in PEM. The\n" +
 			"passphrase of an encrypted key is taken from --password-file, from COSIGN_PASSWORD or asked for on the\n" +
-			"terminal. The agent takes an expiry of at most " + order.MaxAhead.String() + " ahead of its own clock.",
-		Example: "  cvmctl order " + operation + " --key operator.key --challenge challenge.json --out order.json",
+			"terminal. The agent takes an expiry of at most " + order.MaxAhead.String() + " ahead of its own clock.\n\n" +
+			"The instance's id is the broker's, from its audit log or `cvmctl broker instance list`, and not from the\n" +
+			"host; --instance '' is for a guest without a broker, which has none.",
+		Example: "  cvmctl order " + operation + " --key operator.key --policy-name shop --instance ID --challenge challenge.json --out order.json",
 		Args:    cobra.NoArgs,
 	}
 	c.Flags().StringArrayVar(&keys, "key", nil, "private key `FILE` that the policy names for this order; may be repeated")
 	c.Flags().StringVar(&challenge, "challenge", "-", "the agent's challenge, a `FILE` of JSON; - is standard input")
+	c.Flags().StringVar(&policyName, "policy-name", "", "`NAME` of the running policy that the challenge has to be of")
+	c.Flags().StringVar(&instance, "instance", "", "the broker's `ID` of the instance that the challenge has to be of; empty where there is no broker")
 	c.Flags().DurationVar(&ttl, "expires-in", ttl, "`DURATION` until the order ends")
 	c.Flags().StringVar(&out, "out", "-", "`FILE` for the order; - is standard output")
 	c.Flags().StringVar(&passwordFile, "password-file", "", "`FILE` whose first line is the passphrase of encrypted keys")
-	required := []string{"key"}
+	for _, name := range []string{"policy-name", "instance", "expires-in"} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
+	}
+	required := []string{"key", "policy-name", "instance"}
 	if operation == order.Upgrade {
-		c.Use = operation + " --key KEY --policy FILE [--challenge FILE] --out FILE"
-		c.Example = "  cvmctl order upgrade --key operator.key --policy v2.dsse.json --challenge challenge.json --out order.json"
+		c.Use = operation + " --key KEY --policy-name NAME --instance ID --policy FILE [--challenge FILE] --out FILE"
+		c.Example = "  cvmctl order upgrade --key operator.key --policy-name shop --instance ID --policy v2.dsse.json \\\n" +
+			"    --challenge challenge.json --out order.json"
 		c.Flags().StringVar(&carried, "policy", "", "signed policy `FILE`, an envelope or initdata")
 		required = append(required, "policy")
 	}
@@ -88,6 +98,10 @@ func makeCommand(operation string) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		// Before a key is touched.
+		if err := meant(ch, policyName, instance); err != nil {
+			return err
+		}
 		signers, err := policycmd.LoadSigners(c, keys, passwordFile)
 		if err != nil {
 			return err
@@ -112,6 +126,18 @@ func readChallenge(c *cobra.Command, path string) (*order.Challenge, error) {
 		return nil, cause.New(cause.OrderMalformed, "the challenge: %w", err)
 	}
 	return &ch, nil
+}
+
+// meant refuses a challenge of another guest than the operator named: whoever
+// carries challenges chooses whose he brings.
+func meant(ch *order.Challenge, policy, instance string) error {
+	if ch.Policy != policy {
+		return cause.New(cause.OrderOtherPolicy, "the challenge is of policy %q, --policy-name is %q: nothing is signed", ch.Policy, policy)
+	}
+	if ch.InstanceID != instance {
+		return cause.New(cause.OrderOtherInstance, "the challenge is of instance %q, --instance is %q: nothing is signed", ch.InstanceID, instance)
+	}
+	return nil
 }
 
 // shown is what show prints.

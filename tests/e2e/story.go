@@ -274,7 +274,16 @@ func (s *story) sign(ctx context.Context, keys *rig.Keys, operation string, vers
 
 func (s *story) signOver(ctx context.Context, keys *rig.Keys, operation string, version uint64, challenge string) ([]byte, error) {
 	out := s.Path("orders", operation+".json")
-	argv := []string{s.Program("cvmctl"), "order", operation, "--challenge", challenge, "--key", keys.Private, "--out", out}
+	// The instance is the broker's to name: the challenge came by way of the host.
+	released, err := s.Broker.Since(0, "release", "ok", s.apps[floor].KeyResource)
+	if err != nil {
+		return nil, err
+	}
+	if len(released) == 0 || released[0].Instance == "" {
+		return nil, errors.New("the audit log names no instance that got the key")
+	}
+	argv := []string{s.Program("cvmctl"), "order", operation, "--challenge", challenge, "--key", keys.Private, "--out", out,
+		"--policy-name", "e2e", "--instance", released[0].Instance}
 	if operation == "upgrade" {
 		argv = append(argv, "--policy", s.policies[version])
 	}
