@@ -24,6 +24,18 @@ type DirectBoot struct {
 
 const maxVCPUs = 4096
 
+// SNPAssumptions is what a guest with the predicted digest is trusted on beyond
+// it, with or without measured direct boot.
+func SNPAssumptions(direct bool) []string {
+	list := []string{
+		"ACPI tables: they are the host's, no digest has them, and their AML runs in the kernel with access to all of the guest's memory before /init does; the digest and HOST_DATA stay right. A kernel that confines AML, or a vTPM inside the guest that measures the tables (SVSM), is not checked for",
+	}
+	if direct {
+		return append(list, "firmware: OVMF's AmdSev package with edk2 pull request 5769; an older one goes on with a kernel, initrd or command line whose hash is wrong, under the same digest")
+	}
+	return append(list, "no kernel hashes: whatever the firmware boots is not in the digest")
+}
+
 // SNP is the launch digest, MEASUREMENT of the report: the firmware's pages, the
 // sections in the order of its metadata, then one VMSA for each vCPU (QEMU,
 // target/i386/sev.c; SEV-SNP ABI 1.58, sections 8.17 and 8.18). EC2 adds the

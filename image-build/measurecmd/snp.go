@@ -2,6 +2,7 @@ package measurecmd
 
 import (
 	"encoding/hex"
+	"fmt"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,7 +22,7 @@ func snpCommand() *cobra.Command {
 		Long: "Snp prints MEASUREMENT of the attestation report of a launch. With --kernel it is that of measured\n" +
 			"direct boot (QEMU's kernel-hashes=on): kernel, initrd and command line count through their hashes.\n" +
 			"With --ovmf-hash the digest after the firmware's pages is given, and the file's end is read for its\n" +
-			"metadata alone.",
+			"metadata alone. What the digest does not show comes after it, as lines \"assumes …\".",
 		Example: "  cvmctl measure snp --ovmf OVMF.amdsev.fd --kernel uki.efi --vcpus 4 --vcpu-type EPYC-v4 \\\n" +
 			"    --guest-features 0x1 --output json",
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -58,9 +59,8 @@ func snpCommand() *cobra.Command {
 				return err
 			}
 			text := hex.EncodeToString(digest[:])
-			return o.print(c, struct {
-				LaunchDigest string `json:"launchDigest"`
-			}{text}, text, release.Launch{Platform: release.PlatformSNP, SNP: &release.SNPLaunch{Measurement: text}})
+			assumed := measure.SNPAssumptions(config.Direct != nil)
+			return o.print(c, predictedSNP{text, assumed}, snpText(text, assumed), release.Launch{Platform: release.PlatformSNP, SNP: &release.SNPLaunch{Measurement: text}})
 		},
 	}
 	f := c.Flags()
@@ -77,6 +77,21 @@ func snpCommand() *cobra.Command {
 	_ = c.RegisterFlagCompletionFunc("vmm", cobra.FixedCompletions([]string{"qemu", "ec2", "gce"}, cobra.ShellCompDirectiveNoFileComp))
 	o.flags(c)
 	return c
+}
+
+// predictedSNP is what snp prints as JSON.
+type predictedSNP struct {
+	LaunchDigest string   `json:"launchDigest"`
+	Assumptions  []string `json:"assumptions"`
+}
+
+func snpText(digest string, assumptions []string) string {
+	var b strings.Builder
+	fmt.Fprintln(&b, digest)
+	for _, a := range assumptions {
+		fmt.Fprintf(&b, "assumes %s\n", a)
+	}
+	return b.String()
 }
 
 // directBoot reads what QEMU is given; nil without a kernel.
