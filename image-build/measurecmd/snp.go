@@ -22,7 +22,7 @@ func snpCommand() *cobra.Command {
 		Long: "Snp prints MEASUREMENT of the attestation report of a launch. With --kernel it is that of measured\n" +
 			"direct boot (QEMU's kernel-hashes=on): kernel, initrd and command line count through their hashes.\n" +
 			"With --ovmf-hash the digest after the firmware's pages is given, and the file's end is read for its\n" +
-			"metadata alone. What the digest does not show comes after it, as lines \"assumes …\".",
+			"metadata alone. What the digest does not show goes to standard error, as lines \"assumes …\".",
 		Example: "  cvmctl measure snp --ovmf OVMF.amdsev.fd --kernel uki.efi --vcpus 4 --vcpu-type EPYC-v4 \\\n" +
 			"    --guest-features 0x1 --output json",
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -59,8 +59,10 @@ func snpCommand() *cobra.Command {
 				return err
 			}
 			text := hex.EncodeToString(digest[:])
-			assumed := measure.SNPAssumptions(config.Direct != nil)
-			return o.print(c, predictedSNP{text, assumed}, snpText(text, assumed), release.Launch{Platform: release.PlatformSNP, SNP: &release.SNPLaunch{Measurement: text}})
+			for _, a := range measure.SNPAssumptions(config.Direct != nil) {
+				fmt.Fprintf(c.ErrOrStderr(), "assumes %s\n", a)
+			}
+			return o.print(c, predictedSNP{text}, text+"\n", release.Launch{Platform: release.PlatformSNP, SNP: &release.SNPLaunch{Measurement: text}})
 		},
 	}
 	f := c.Flags()
@@ -81,17 +83,7 @@ func snpCommand() *cobra.Command {
 
 // predictedSNP is what snp prints as JSON.
 type predictedSNP struct {
-	LaunchDigest string   `json:"launchDigest"`
-	Assumptions  []string `json:"assumptions"`
-}
-
-func snpText(digest string, assumptions []string) string {
-	var b strings.Builder
-	fmt.Fprintln(&b, digest)
-	for _, a := range assumptions {
-		fmt.Fprintf(&b, "assumes %s\n", a)
-	}
-	return b.String()
+	LaunchDigest string `json:"launchDigest"`
 }
 
 // directBoot reads what QEMU is given; nil without a kernel.
