@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -161,8 +162,11 @@ func (c *Client) do(ctx context.Context, method, path, mediaType string, body []
 	resp, err := c.http.Do(req)
 	if err != nil {
 		var op *net.OpError
+		var request *url.Error
 		if errors.As(err, &op) {
 			err = op
+		} else if errors.As(err, &request) { // its URL is nobody's
+			err = request.Err
 		}
 		if errors.Is(err, fs.ErrPermission) {
 			return nil, cause.New(cause.NotPermitted, "the control socket is for root and its group: %w", err)

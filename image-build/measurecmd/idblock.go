@@ -84,7 +84,7 @@ func idBlockCommand() *cobra.Command {
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&digest, "launch-digest", "", "launch digest, `HEX`, the first line that `cvmctl measure snp` prints")
+	f.StringVar(&digest, "launch-digest", "", "launch digest, `HEX`, what `cvmctl measure snp` prints")
 	f.StringVar(&idKey, "id-key", "", "private ID key `FILE`")
 	f.StringVar(&authorKey, "author-key", "", "private author key `FILE`, which signs the ID key")
 	f.StringVar(&family, "family-id", "", "16 bytes in `HEX`; default zero")

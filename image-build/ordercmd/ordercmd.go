@@ -4,6 +4,7 @@
 package ordercmd
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,8 +14,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
+	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
 	"github.com/cc-runtime/cvm-agent/policy/order"
 )
 
@@ -84,13 +87,13 @@ func makeCommand(operation string) *cobra.Command {
 		if ttl < time.Second || ttl > order.MaxAhead {
 			return cause.New(cause.Usage, "--expires-in is %s, expected 1s to %s", ttl, order.MaxAhead)
 		}
-		var policy []byte
+		var upgrade []byte
 		var err error
 		if operation == order.Upgrade {
-			if policy, err = read(c, carried, order.MaxCarried, cause.PolicyTooLarge); err != nil {
+			if upgrade, err = read(c, carried, order.MaxCarried, cause.PolicyTooLarge); err != nil {
 				return err
 			}
-			if len(policy) == 0 {
+			if len(upgrade) == 0 {
 				return cause.New(cause.PolicyMissing, "%s is empty, expected a signed policy", carried)
 			}
 		}
@@ -102,12 +105,17 @@ func makeCommand(operation string) *cobra.Command {
 		if err := meant(ch, policyName, instance); err != nil {
 			return err
 		}
+		if operation == order.Upgrade {
+			if err := signedPolicy(upgrade); err != nil {
+				return fmt.Errorf("%s: %w", carried, err)
+			}
+		}
 		signers, err := policycmd.LoadSigners(c, keys, passwordFile)
 		if err != nil {
 			return err
 		}
 		document, err := order.Sign(order.Order{Operation: operation, Policy: ch.Policy, InstanceID: ch.InstanceID, BootID: ch.BootID,
-			Challenge: ch.Challenge, Expires: time.Now().Add(ttl).UTC().Format(time.RFC3339)}, policy, signers...)
+			Challenge: ch.Challenge, Expires: time.Now().Add(ttl).UTC().Format(time.RFC3339)}, upgrade, signers...)
 		if err != nil {
 			return err
 		}
@@ -125,17 +133,46 @@ func readChallenge(c *cobra.Command, path string) (*order.Challenge, error) {
 	if err := bounded.DecodeJSON(data, &ch, bounded.Limits{Bytes: maxChallenge, Depth: 2, Nodes: 32}); err != nil {
 		return nil, cause.New(cause.OrderMalformed, "the challenge: %w", err)
 	}
+	if err := ch.Validate(); err != nil {
+		return nil, err
+	}
+	if !ch.Expires.IsZero() && time.Now().After(ch.Expires) { // by another clock than ours
+		fmt.Fprintf(c.ErrOrStderr(), "the challenge ended at %s by the guest's clock: the order may come too late\n", ch.Expires.UTC().Format(time.RFC3339))
+	}
 	return &ch, nil
 }
 
 // meant refuses a challenge of another guest than the operator named: whoever
 // carries challenges chooses whose he brings.
-func meant(ch *order.Challenge, policy, instance string) error {
-	if ch.Policy != policy {
-		return cause.New(cause.OrderOtherPolicy, "the challenge is of policy %q, --policy-name is %q: nothing is signed", ch.Policy, policy)
+func meant(ch *order.Challenge, policyName, instance string) error {
+	if ch.Policy != policyName {
+		return cause.New(cause.OrderOtherPolicy, "the challenge is of policy %q, --policy-name is %q: nothing is signed", ch.Policy, policyName)
 	}
 	if ch.InstanceID != instance {
 		return cause.New(cause.OrderOtherInstance, "the challenge is of instance %q, --instance is %q: nothing is signed", ch.InstanceID, instance)
+	}
+	return nil
+}
+
+// signedPolicy checks that an upgrade carries what the agent can open at all:
+// an envelope, alone or in initdata. Who signed it is the agent's to judge.
+func signedPolicy(carried []byte) error {
+	envelope := carried
+	if !bytes.HasPrefix(bytes.TrimSpace(carried), []byte("{")) {
+		doc, err := policy.ParseInitdata(carried)
+		if err != nil {
+			return err
+		}
+		if envelope, err = doc.Envelope(); err != nil {
+			return err
+		}
+	}
+	e, err := dsse.Parse(envelope)
+	if err != nil {
+		return cause.Wrap(cause.PolicyMalformed, err)
+	}
+	if e.PayloadType != policy.PayloadType || len(e.Signatures) == 0 {
+		return cause.New(cause.PolicyMalformed, "%d signatures over a payload of type %q, expected a signed policy, %s", len(e.Signatures), e.PayloadType, policy.PayloadType)
 	}
 	return nil
 }

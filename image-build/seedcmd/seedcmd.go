@@ -20,6 +20,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/dsse"
 )
 
 // maxImage bounds what `check` reads: the files and their frame.
@@ -79,7 +80,8 @@ func compose(initdata, hostname, network, extra string, mirrors []string) ([]byt
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
 	}
-	if _, err := policy.ParseInitdata(raw); err != nil {
+	doc, err := policy.ParseInitdata(raw)
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", initdata, err)
 	}
 	var more []byte
@@ -104,7 +106,34 @@ func compose(initdata, hostname, network, extra string, mirrors []string) ([]byt
 	if !bytes.Equal(s.Initdata, raw) {
 		return nil, cause.New(cause.InitdataMalformed, "%s does not survive YAML", initdata)
 	}
+	if err := allowed(doc, s.UserData.CVMAgent.Mirrors); err != nil {
+		return nil, err
+	}
 	return WriteISO(files)
+}
+
+// allowed holds the mirrors that a seed chooses against its policy, as the early
+// stage does, but for the policy's signatures.
+func allowed(initdata *policy.Initdata, chosen map[string][]string) error {
+	if len(chosen) == 0 {
+		return nil
+	}
+	envelope, err := initdata.Envelope()
+	if err != nil {
+		return err
+	}
+	e, err := dsse.Parse(envelope)
+	if err != nil {
+		return cause.Wrap(cause.PolicyMalformed, err)
+	}
+	p, err := policy.DecodeJSON(e.Payload)
+	if err != nil {
+		return err
+	}
+	if _, refused := policy.ChooseMirrors(p.Registries, chosen); len(refused) > 0 {
+		return cause.New(cause.SeedRefused, "cvm_agent.mirrors: %s: the policy does not allow it", strings.Join(refused, ", "))
+	}
+	return nil
 }
 
 // instance is the instance's name for cloud-init, which starts over with every
@@ -240,6 +269,9 @@ func Judge(data []byte) (v Verdict, err error) {
 		return v, err
 	}
 	v.Initdata = &Digest{initdata.Algorithm, fmt.Sprintf("%x", initdata.Digest())}
+	if err := allowed(initdata, s.UserData.CVMAgent.Mirrors); err != nil {
+		return v, err
+	}
 	clean, err := s.Sanitized()
 	if err != nil {
 		return v, err

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/gowebpki/jcs"
+
 	"github.com/cc-runtime/cvm-agent/initrd/seed"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -155,5 +157,61 @@ func TestSeedRefuses(t *testing.T) {
 	var v Verdict
 	if cause.Exit(err) != cause.ExitRefused || json.Unmarshal([]byte(text), &v) != nil || v.Accepted || v.Cause.Code != cause.SeedRefused || v.Sanitized != nil {
 		t.Errorf("%s, %v", text, err)
+	}
+}
+
+// A seed that the guest would refuse for its mirrors is not made, and not said
+// to be good.
+func TestMirrorsAreThePolicys(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "policy", "examples", "full.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.DecodeYAML(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, err := jcs.Transform(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	envelope, err := json.Marshal(map[string]any{"payloadType": policy.PayloadType, "payload": payload, "signatures": []any{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var host, mirror string
+	for _, r := range p.Registries {
+		if len(r.Mirrors) > 0 {
+			host, mirror = r.Host, r.Mirrors[0]
+		}
+	}
+	if mirror == "" {
+		t.Fatal("the example has no mirrors")
+	}
+	dir := t.TempDir()
+	write(t, dir, map[string]string{"initdata.toml": packed(t, string(envelope))})
+	if _, err := run(t, dir, "--initdata", "initdata.toml", "--mirror", host+"="+mirror, "--out", "good.iso"); err != nil {
+		t.Error(err)
+	}
+	if _, err := run(t, dir, "check", "good.iso"); err != nil {
+		t.Error(err)
+	}
+	for _, other := range []string{host + "=other.example", "other.example=" + mirror} {
+		if _, err := run(t, dir, "--initdata", "initdata.toml", "--mirror", other, "--out", "bad.iso"); cause.Of(err) != cause.SeedRefused || !strings.Contains(err.Error(), "the policy does not allow it") {
+			t.Errorf("%s: %v", other, err)
+		}
+		registry, chosen, _ := strings.Cut(other, "=")
+		data, err := json.Marshal(map[string]any{"cvm_agent": map[string]any{"initdata": packed(t, string(envelope)), "mirrors": map[string][]string{registry: {chosen}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, dir, map[string]string{"ud": "#cloud-config\n" + string(data)})
+		if _, err := run(t, dir, "check", "ud"); cause.Of(err) != cause.SeedRefused || !strings.Contains(err.Error(), "the policy does not allow it") {
+			t.Errorf("check of %s: %v", other, err)
+		}
 	}
 }

@@ -105,6 +105,21 @@ func malformed(format string, args ...any) error {
 	return cause.New(cause.OrderMalformed, "order: "+format, args...)
 }
 
+// Validate checks the shape of every member: a challenge comes by way of the host.
+func (c *Challenge) Validate() error {
+	switch {
+	case !hex64.MatchString(c.Challenge):
+		return malformed("challenge is not 64 lowercase hex digits")
+	case !name.MatchString(c.Policy):
+		return malformed("policy of the challenge is %.80q, expected a policy's name", c.Policy)
+	case !id.MatchString(c.InstanceID):
+		return malformed("instanceID of the challenge is not at most 256 printable characters")
+	case !bootID.MatchString(c.BootID):
+		return malformed("bootID of the challenge is %.80q, expected a boot id of Linux", c.BootID)
+	}
+	return nil
+}
+
 // validate checks the shape of every member; it compares nothing.
 func (o *Order) validate() error {
 	switch {

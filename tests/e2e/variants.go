@@ -175,8 +175,9 @@ func (v *variants) differs(ctx context.Context, image string, indices ...string)
 	return nil
 }
 
-// moved is the broker's reason: the UKI, the command line, the UKI's sections.
-var moved = regexp.MustCompile(`pcr-4: expected .*pcr-9: expected .*pcr-11: expected `)
+// moved is the broker's reason: the UKI, the command line, the UKI's sections,
+// and no other register.
+var moved = regexp.MustCompile(`^[^;]*pcr-4: expected [^;]*; pcr-9: expected [^;]*; pcr-11: expected [^;]*$`)
 
 // noKey waits for the broker's word on a key, which must be no, and why.
 func (v *variants) noKey(ctx context.Context, vm *rig.Machine, since int) error {
