@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -175,9 +176,17 @@ func (v *variants) differs(ctx context.Context, image string, indices ...string)
 	return nil
 }
 
-// moved is the broker's reason: the UKI, the command line, the UKI's sections,
-// and no other register.
-var moved = regexp.MustCompile(`^[^;]*pcr-4: expected [^;]*; pcr-9: expected [^;]*; pcr-11: expected [^;]*$`)
+var register = regexp.MustCompile(`pcr-([0-9]+): expected `)
+
+// moved says whether the broker's reason is the UKI, the command line, the UKI's
+// sections, and no other register.
+func moved(reason string) bool {
+	var found []string
+	for _, m := range register.FindAllStringSubmatch(reason, -1) {
+		found = append(found, m[1])
+	}
+	return slices.Equal(found, []string{"4", "9", "11"})
+}
 
 // noKey waits for the broker's word on a key, which must be no, and why.
 func (v *variants) noKey(ctx context.Context, vm *rig.Machine, since int) error {
@@ -193,7 +202,7 @@ func (v *variants) noKey(ctx context.Context, vm *rig.Machine, since int) error 
 		case err != nil:
 		case len(released) > 0:
 			final = fmt.Errorf("the broker released %s", released[0].Resource)
-		case len(refused) > 0 && !moved.MatchString(refused[0].Reason):
+		case len(refused) > 0 && !moved(refused[0].Reason):
 			final = fmt.Errorf("refused for another reason than its registers: %s", refused[0])
 		case len(refused) == 0 && !running:
 			final = errors.New("the machine is off before it asked for a key")
