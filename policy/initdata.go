@@ -185,6 +185,23 @@ func (i *Initdata) Envelope() ([]byte, error) {
 	return nil, cause.New(cause.PolicyMissing, "the initdata carries no policy: neither %s nor %s", KeyPolicy, KeyPolicyGzip)
 }
 
+// CarriedEnvelope is the DSSE envelope of what an upgrade carries: the envelope
+// itself, or initdata with one. Above MaxSize the cause is PolicyTooLarge; it
+// verifies nothing.
+func CarriedEnvelope(carried []byte) ([]byte, error) {
+	if !bytes.HasPrefix(bytes.TrimSpace(carried), []byte("{")) {
+		doc, err := ParseInitdata(carried)
+		if err != nil {
+			return nil, err
+		}
+		return doc.Envelope()
+	}
+	if len(carried) > MaxSize {
+		return nil, cause.New(cause.PolicyTooLarge, "the policy envelope has %d bytes, at most %d are accepted", len(carried), MaxSize)
+	}
+	return carried, nil
+}
+
 // Rotation is the chain of older envelopes, oldest first, or nil.
 func (i *Initdata) Rotation() ([][]byte, error) {
 	text := i.Data[KeyRotation]

@@ -1,7 +1,6 @@
 package launch
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"log/slog"
@@ -62,18 +61,9 @@ func (r real) Policy(initdata []byte, now time.Time) (*policy.Verified, error) {
 }
 
 func (r real) Order(order []byte, running *policy.Verified, runningInitdata []byte, now time.Time) (*policy.Verified, []byte, error) {
-	envelope := order
-	if !bytes.HasPrefix(bytes.TrimSpace(order), []byte("{")) {
-		doc, err := policy.ParseInitdata(order)
-		if err != nil {
-			return nil, nil, err
-		}
-		if envelope, err = doc.Envelope(); err != nil {
-			return nil, nil, err
-		}
-	}
-	if len(envelope) > policy.MaxSize {
-		return nil, nil, cause.New(cause.PolicyTooLarge, "the policy envelope has %d bytes, at most %d are accepted", len(envelope), policy.MaxSize)
+	envelope, err := policy.CarriedEnvelope(order)
+	if err != nil {
+		return nil, nil, err
 	}
 	// What runs already is verified: ordering it again changes nothing.
 	if e, err := dsse.Parse(envelope); err == nil && policy.Digest(e.Payload) == running.Digest {

@@ -4,7 +4,6 @@
 package ordercmd
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -157,15 +156,9 @@ func meant(ch *order.Challenge, policyName, instance string) error {
 // signedPolicy checks that an upgrade carries what the agent can open at all:
 // an envelope, alone or in initdata. Who signed it is the agent's to judge.
 func signedPolicy(carried []byte) error {
-	envelope := carried
-	if !bytes.HasPrefix(bytes.TrimSpace(carried), []byte("{")) {
-		doc, err := policy.ParseInitdata(carried)
-		if err != nil {
-			return err
-		}
-		if envelope, err = doc.Envelope(); err != nil {
-			return err
-		}
+	envelope, err := policy.CarriedEnvelope(carried)
+	if err != nil {
+		return err
 	}
 	e, err := dsse.Parse(envelope)
 	if err != nil {
