@@ -43,7 +43,7 @@ func TestHostileInitdataIsRefusedInLinearTime(t *testing.T) {
 		} else if len(err.Error()) > 1200 {
 			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
 		}
-		if took := time.Since(begun); took > 2*time.Second {
+		if took := time.Since(begun); took > 10*time.Second {
 			t.Errorf("%s: took %s", name, took)
 		}
 	}

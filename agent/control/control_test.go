@@ -141,7 +141,7 @@ func TestReadsAndStreams(t *testing.T) {
 	if err := c.Events(t.Context(), false, func(e Event) error { names = append(names, e.Name); return nil }); err != nil || strings.Join(names, " ") != "policy attest" {
 		t.Errorf("%v, %v", names, err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	names = nil
 	if err := c.Events(ctx, true, func(e Event) error {
@@ -306,7 +306,7 @@ func TestLesson32_BoundedSocket(t *testing.T) {
 	socket := serve(t, a)
 	served := func(what string) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if _, err := NewClient(socket).Status(ctx); err != nil {
 			t.Errorf("%s: not served: %v", what, err)

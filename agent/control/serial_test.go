@@ -127,7 +127,7 @@ func TestSerialReads(t *testing.T) {
 		}
 	}
 	// A follower that leaves makes room for the next request.
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := c.Events(ctx, true, func(Event) error { return io.EOF }); !errors.Is(err, io.EOF) {
 		t.Error(err)
@@ -162,7 +162,7 @@ func TestSerialResynchronises(t *testing.T) {
 		"an unsigned destroy with more after": "POST /v1/destroy HTTP/1.1\r\nHost: x\r\n\r\nPOST /v1/destroy HTTP/1.1\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			_ = host.SetDeadline(time.Now().Add(20 * time.Second))
+			_ = host.SetDeadline(time.Now().Add(time.Minute))
 			go func() {
 				_, _ = io.WriteString(host, before)
 				_, _ = io.WriteString(host, "\x00f00d\nGET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -201,7 +201,7 @@ func TestSerialPlain(t *testing.T) {
 	a, _ := signing(t)
 	host := servePair(t, a)
 	r := bufio.NewReader(host)
-	_ = host.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = host.SetDeadline(time.Now().Add(time.Minute))
 	for range 3 {
 		_, _ = io.WriteString(host, "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
 		expectStatus(t, r, "")
@@ -244,7 +244,7 @@ func TestSerialPartingToldLate(t *testing.T) {
 	port.left.Store(int32(serialAway/serialGone) - 1)
 	go func() { _ = l.read(ctx) }()
 	_, _ = io.WriteString(host, request[len(request)-10:])
-	_ = host.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = host.SetDeadline(time.Now().Add(time.Minute))
 	expectStatus(t, bufio.NewReader(host), "\x00cafe\n")
 
 	// Nobody for longer than that: what has begun is void.
@@ -281,7 +281,7 @@ func TestSerialSlowReader(t *testing.T) {
 		t.Errorf("the order was cancelled: %v", err)
 	}
 	// It comes back and begins anew, with all that it left unread before it.
-	_ = host.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = host.SetDeadline(time.Now().Add(time.Minute))
 	go func() { _, _ = io.WriteString(host, "\x00abcd\nGET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n") }()
 	expectStatus(t, bufio.NewReader(host), "\x00abcd\n")
 }
@@ -327,7 +327,7 @@ func TestSerialByPolicy(t *testing.T) {
 	}
 	set(true)
 	<-opened
-	_ = host.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = host.SetDeadline(time.Now().Add(time.Minute))
 	_, _ = io.WriteString(host, "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
 	r := bufio.NewReader(host)
 	expectStatus(t, r, "")
@@ -434,7 +434,7 @@ func FuzzSerial(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		n++
 		mark := fmt.Sprintf("\x00%032x\n", n)
-		_ = host.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = host.SetDeadline(time.Now().Add(time.Minute))
 		go func() {
 			_, _ = host.Write(append(bytes.Clone(in), mark+"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"...))
 		}()

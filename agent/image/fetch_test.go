@@ -360,7 +360,7 @@ func TestLesson20_ARegistryThatIsDownIsWaitedForVisibly(t *testing.T) {
 	}
 	t.Run("until the deadline", func(t *testing.T) {
 		c := client(t, t.TempDir(), plain("127.0.0.1:1"))
-		if _, err := c.Resolve(ctx(t, time.Second), at(p.ref, "127.0.0.1:1")); cause.Of(err) != cause.RegistryUnavailable || !strings.Contains(err.Error(), "refused") {
+		if _, err := c.Resolve(ctx(t, 3*time.Second), at(p.ref, "127.0.0.1:1")); cause.Of(err) != cause.RegistryUnavailable || !strings.Contains(err.Error(), "refused") {
 			t.Errorf("got %v", err)
 		}
 	})

@@ -77,7 +77,7 @@ func startRegistry(t testing.TB) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	for range 100 {
+	for range 600 {
 		if c, err := net.Dial("tcp", addr); err == nil {
 			c.Close()
 			return addr

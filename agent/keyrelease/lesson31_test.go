@@ -35,14 +35,14 @@ func TestLesson31_TheTEEKeyStaysInTheSession(t *testing.T) {
 	var logs bytes.Buffer
 	s, err := b.client(func(c *Config) {
 		c.Logger = slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug - 4}))
-	}).Attest(deadline(t, 5*time.Second))
+	}).Attest(deadline(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1"); err != nil {
+	if _, err := s.Resource(deadline(t, time.Minute), "kbs:///default/key/1"); err != nil {
 		t.Fatal(err)
 	}
-	_, refused := s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/2")
+	_, refused := s.Resource(deadline(t, time.Minute), "kbs:///default/key/2")
 	private, err := s.key.ECDH()
 	if err != nil {
 		t.Fatal(err)

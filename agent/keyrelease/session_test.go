@@ -17,11 +17,11 @@ func TestLesson20_AForgottenSessionIsNoRefusal(t *testing.T) {
 		b := newTrustee(t)
 		asked := 0
 		b.resource = func(w http.ResponseWriter, _ string) { asked++; deny(w, variant, "who are you") }
-		s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+		s, err := b.client(nil).Attest(deadline(t, time.Minute))
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1")
+		_, err = s.Resource(deadline(t, time.Minute), "kbs:///default/key/1")
 		s.Close()
 		if cause.Of(err) != cause.BrokerUnavailable || asked != 1 {
 			t.Errorf("%s: asked %d times: %v", variant, asked, err)
@@ -31,7 +31,7 @@ func TestLesson20_AForgottenSessionIsNoRefusal(t *testing.T) {
 
 func TestClosingASessionZeroisesItsKey(t *testing.T) {
 	b := newTrustee(t)
-	s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+	s, err := b.client(nil).Attest(deadline(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}

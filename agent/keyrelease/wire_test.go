@@ -55,7 +55,7 @@ func TestWireOfAuthAndAttest(t *testing.T) {
 			b := newTrustee(t)
 			a := &attester{tee: c.tee, primary: c.primary}
 			cl := b.client(func(f *Config) { f.Attester, f.Initdata, f.Broker.Dialect = a, c.initdata, c.dialect })
-			if _, err := cl.Attest(deadline(t, 5*time.Second)); err != nil {
+			if _, err := cl.Attest(deadline(t, time.Minute)); err != nil {
 				t.Fatal(err)
 			}
 			wantAuth := `{"version":"0.4.0","tee":"` + c.tee + `","extra-params":{"supported-hash-algorithms":["sha384"]}}`
@@ -122,21 +122,21 @@ func TestWireOfAuthAndAttest(t *testing.T) {
 func TestCookieScope(t *testing.T) {
 	b := newTrustee(t)
 	cl := b.client(nil)
-	s, err := cl.Attest(deadline(t, 5*time.Second))
+	s, err := cl.Attest(deadline(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
 	first := b.id
 	b.id = sessionID()
-	other, err := cl.Attest(deadline(t, 5*time.Second))
+	other, err := cl.Attest(deadline(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := other.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1"); err != nil {
+	if _, err := other.Resource(deadline(t, time.Minute), "kbs:///default/key/1"); err != nil {
 		t.Fatal(err)
 	}
 	// The first session's cookie is still its own: this broker no longer knows it.
-	if _, err := s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1"); Variant(err) != "TokenNotFound" {
+	if _, err := s.Resource(deadline(t, time.Minute), "kbs:///default/key/1"); Variant(err) != "TokenNotFound" {
 		t.Errorf("got %v", err)
 	}
 	n := "kbs-session-id="
@@ -150,7 +150,7 @@ func TestCookieScope(t *testing.T) {
 			_, _ = io.WriteString(w, `{"nonce":"`+base64.StdEncoding.EncodeToString(make([]byte, 32))+`","extra-params":""}`)
 			return true
 		}
-		if _, err := cl.Attest(deadline(t, 5*time.Second)); cause.Of(err) != cause.BrokerProtocol {
+		if _, err := cl.Attest(deadline(t, time.Minute)); cause.Of(err) != cause.BrokerProtocol {
 			t.Errorf("cookie %q gave %v", bad, err)
 		}
 	}
@@ -182,7 +182,7 @@ func TestErrorBodies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newTrustee(t)
-			s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+			s, err := b.client(nil).Attest(deadline(t, time.Minute))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -194,8 +194,8 @@ func TestErrorBodies(t *testing.T) {
 				_, _ = io.WriteString(w, c.body)
 				return true
 			}
-			_, attest := b.client(nil).Attest(deadline(t, 5*time.Second))
-			_, release := s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1")
+			_, attest := b.client(nil).Attest(deadline(t, time.Minute))
+			_, release := s.Resource(deadline(t, time.Minute), "kbs:///default/key/1")
 			for what, got := range map[string]struct {
 				err  error
 				code cause.Code
@@ -218,7 +218,7 @@ func TestErrorBodies(t *testing.T) {
 func TestVersionMismatchIsShown(t *testing.T) {
 	b := newTrustee(t)
 	b.version = "0.2.0"
-	_, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+	_, err := b.client(nil).Attest(deadline(t, time.Minute))
 	if cause.Of(err) != cause.AttestationRefused || Variant(err) != kbs.VariantAttestationError || !strings.Contains(err.Error(), "KBS Client Protocol Version Mismatch") {
 		t.Errorf("got %v", err)
 	}
@@ -239,11 +239,11 @@ func TestJWEByCurve(t *testing.T) {
 		b.resource = func(w http.ResponseWriter, _ string) {
 			_, _ = io.WriteString(w, encryptedTo(t, &key.PublicKey, []byte("x")))
 		}
-		s, err := b.client(nil).Attest(deadline(t, 5*time.Second))
+		s, err := b.client(nil).Attest(deadline(t, time.Minute))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if data, err := s.Resource(deadline(t, 5*time.Second), "kbs:///default/key/1"); cause.Of(err) != cause.KeyMalformed || data != nil {
+		if data, err := s.Resource(deadline(t, time.Minute), "kbs:///default/key/1"); cause.Of(err) != cause.KeyMalformed || data != nil {
 			t.Errorf("to a foreign %s key: %d bytes, %v", name, len(data), err)
 		}
 		// What the protocol's other curve would be opened with.

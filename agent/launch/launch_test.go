@@ -228,7 +228,7 @@ func TestLesson20_WaitsForRegistryAndBroker(t *testing.T) {
 
 	w = newWorld()
 	w.policies["v1"] = testPolicy(1, "web")
-	w.policies["v1"].Upgrade.Deadlines.Registry = policy.Duration(50 * time.Millisecond)
+	w.policies["v1"].Upgrade.Deadlines.Registry = policy.Duration(500 * time.Millisecond)
 	a, _ = newTestAgent(t, w, t.TempDir())
 	w.fail["resolve"] = down(cause.RegistryUnavailable, 1<<30)
 	if err := a.launch(t.Context()); cause.Of(err) != cause.RegistryUnavailable {

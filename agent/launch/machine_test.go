@@ -48,7 +48,7 @@ func runAgent(t *testing.T, a *Agent) (*control.Client, chan error) {
 
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for range 2000 {
+	for range 12000 {
 		if is() {
 			return
 		}
@@ -200,7 +200,7 @@ func TestSerialOrder(t *testing.T) {
 	_, _ = runAgent(t, a)
 	eventually(t, "not ready", func() bool { return a.Status().State == control.StateReady })
 
-	_ = host.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = host.SetDeadline(time.Now().Add(time.Minute))
 	r := bufio.NewReader(host)
 	ask := func(request, body string) string {
 		_, _ = fmt.Fprintf(host, "\x00ab\n%s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s", request, orders.PayloadType, len(body), body)

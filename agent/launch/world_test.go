@@ -372,8 +372,8 @@ func imageOf(name string, version uint64) string {
 func testPolicy(version uint64, workloads ...string) *policy.Policy {
 	p := &policy.Policy{Name: "shop", Version: version, Expires: "2030-01-01T00:00:00Z", Platforms: []policy.Platform{policy.PlatformTPM},
 		Broker: &policy.Broker{URL: "https://broker.example"},
-		Upgrade: policy.Upgrade{Deadlines: policy.Deadlines{Registry: policy.Duration(5 * time.Second), Broker: policy.Duration(5 * time.Second),
-			Fetch: policy.Duration(5 * time.Second), SBOM: policy.Duration(5 * time.Second), Start: policy.Duration(5 * time.Second)}}}
+		Upgrade: policy.Upgrade{Deadlines: policy.Deadlines{Registry: policy.Duration(time.Minute), Broker: policy.Duration(time.Minute),
+			Fetch: policy.Duration(time.Minute), SBOM: policy.Duration(time.Minute), Start: policy.Duration(time.Minute)}}}
 	for _, name := range workloads {
 		p.Workloads = append(p.Workloads, policy.Workload{Name: name, Image: imageOf(name, version),
 			SBOM: policy.SBOM{Required: true}, Run: policy.Run{Secrets: []policy.Secret{{Name: "token", Resource: "kbs:///default/secret/token"}}}})

@@ -75,9 +75,13 @@ func (p *Podman) WaitHealthy(ctx context.Context, id string, c Container, onTry 
 		if code := cause.Of(err); code == cause.PodmanUnavailable && ctx.Err() == nil {
 			return err
 		}
-		// Our own deadline says less than the probe before it.
-		if last == nil || ctx.Err() == nil {
+		// Our own deadline says less than the probe before it, and a first probe
+		// that it cut off is no verdict about the workload.
+		switch {
+		case ctx.Err() == nil:
 			last = err
+		case last == nil:
+			last = fmt.Errorf("the first check was cut off: %w", err)
 		}
 		if onTry != nil {
 			onTry(err)

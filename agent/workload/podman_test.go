@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -270,7 +271,7 @@ func TestPodman(t *testing.T) {
 	t.Run("health checks", func(t *testing.T) {
 		port := freePort(t)
 		fast := func(h policy.HealthCheck) *policy.HealthCheck {
-			h.Interval, h.Deadline, h.Timeout = policy.Duration(20*time.Millisecond), policy.Duration(700*time.Millisecond), policy.Duration(500*time.Millisecond)
+			h.Interval, h.Deadline, h.Timeout = policy.Duration(20*time.Millisecond), policy.Duration(2*time.Minute), policy.Duration(500*time.Millisecond)
 			return &h
 		}
 		for name, tc := range map[string]struct {
@@ -299,10 +300,25 @@ func TestPodman(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer p.Remove(ctx, id)
-				err = p.WaitHealthy(ctx, id, c, nil)
+				// A try that fails as expected is the end of a wait that would go on.
+				waiting, enough := context.WithCancel(ctx)
+				defer enough()
+				seen := false
+				err = p.WaitHealthy(waiting, id, c, func(err error) {
+					if tc.want != "" && strings.Contains(err.Error(), tc.want) {
+						seen = true
+						enough()
+					}
+				})
 				if tc.want == "" {
 					if err != nil {
 						t.Error(err)
+					}
+					return
+				}
+				if seen {
+					if cause.Of(err) != cause.Cancelled {
+						t.Errorf("%v, expected that the failed try is not the end", err)
 					}
 					return
 				}
@@ -320,6 +336,24 @@ func TestPodman(t *testing.T) {
 					t.Errorf("log %q, expected %q", got, want)
 				}
 			})
+		}
+	})
+
+	t.Run("a check that never passes ends at its deadline, with a try's error", func(t *testing.T) {
+		c := container("late", policy.Run{Entrypoint: serve(freePort(t)), HealthCheck: &policy.HealthCheck{TCP: &policy.TCPCheck{Port: 1},
+			Interval: policy.Duration(20 * time.Millisecond), Deadline: policy.Duration(700 * time.Millisecond)}})
+		id, err := p.Start(ctx, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Remove(ctx, id)
+		var tries []string
+		err = p.WaitHealthy(ctx, id, c, func(err error) { tries = append(tries, err.Error()) })
+		if cause.Of(err) != cause.WorkloadUnhealthy || !strings.Contains(err.Error(), "did not become healthy within 700ms: ") {
+			t.Fatalf("%v, expected workload-unhealthy at the deadline", err)
+		}
+		if !slices.ContainsFunc(tries, func(try string) bool { return strings.HasSuffix(err.Error(), ": "+try) }) {
+			t.Errorf("%v names none of the tries %q", err, tries)
 		}
 	})
 
@@ -349,7 +383,7 @@ func TestPodman(t *testing.T) {
 		if _, err := p.List(ctx, ""); cause.Of(err) != cause.PodmanUnavailable {
 			t.Errorf("%v, expected podman-unavailable", err)
 		}
-		short, cancel := context.WithTimeout(ctx, 600*time.Millisecond)
+		short, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
 		waits := 0
 		_, err := workload.Connect(short, s.socket, func(error, time.Duration) { waits++ })

@@ -289,7 +289,7 @@ func TestABrokerRestart(t *testing.T) {
 	}
 
 	s.stop()
-	limited, cancel := context.WithTimeout(ctx, time.Second)
+	limited, cancel := context.WithTimeout(ctx, 4*time.Second)
 	defer cancel()
 	if _, err := client.Attest(limited); cause.Of(err) != cause.BrokerUnavailable {
 		t.Errorf("a broker that stays away: %v", err)

@@ -18,7 +18,7 @@ import (
 )
 
 // waitSeconds is how long the image that waits shows a refusal.
-const waitSeconds = 10
+const waitSeconds = 20
 
 // variants are boots of images that are sealed otherwise than the story's. They
 // have a broker of their own: it is away while one of them boots, and what it
@@ -354,7 +354,7 @@ func (v *variants) scratchSealed(ctx context.Context) error {
 		return err
 	}
 	defer disk.Close()
-	if err := rig.Eventually(ctx, askWithin, func() error {
+	if err := rig.Eventually(ctx, offWithin, func() error {
 		now, err := allocated(disk)
 		if err == nil && now-v.empty < int64(len(server)) {
 			err = fmt.Errorf("the disk has %d bytes more than before, and the workload %d", now-v.empty, len(server))

@@ -47,7 +47,7 @@ func (o *outlet) bind() (err error) {
 	}
 	// A listener is gone only when its Accept has returned, a moment after its
 	// Close. An unbound socket must not stay: Listen would give it any address.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		err = unix.Bind(o.bound, at)
 		if err == nil {
 			return nil

@@ -68,10 +68,10 @@ func (r *Rig) BuildApp(ctx context.Context, a App) (string, error) {
 // ListenOn is the server's argument: the address where it listens.
 func ListenOn(port uint16) string { return fmt.Sprintf("127.0.0.1:%d", port) }
 
-// WaitHTTP asks the loopback port until the answer holds want, for up to 20
-// seconds.
+// WaitHTTP asks the loopback port until the answer holds want, for up to a
+// minute.
 func WaitHTTP(ctx context.Context, port uint16, path, want string) error {
-	return Eventually(ctx, 20*time.Second, func() error {
+	return Eventually(ctx, time.Minute, func() error {
 		body, err := get(ctx, port, path)
 		if err == nil && !strings.Contains(body, want) {
 			err = fmt.Errorf("port %d answers %q, not %q", port, body, want)

@@ -28,7 +28,7 @@ import (
 )
 
 // readyWithin bounds how long a part may take until it answers.
-const readyWithin = 30 * time.Second
+const readyWithin = 2 * time.Minute
 
 // Options says where a Rig works and with which programs. The zero value is
 // right for tests: a fresh directory, the programs of this checkout.

@@ -81,7 +81,7 @@ func (t *TPM) start() error {
 	if err := t.cmd.Start(); err != nil {
 		return fmt.Errorf("start swtpm (is it installed? make deps): %w", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for ctx.Err() == nil {
 		c, err := net.Dial("unix", t.Socket)

@@ -88,7 +88,7 @@ func Start(t testing.TB, ca *CA, kind Kind) *TPM {
 		t.Fatalf("swtpm: %v", err)
 	}
 	t.Cleanup(func() { _ = run.Process.Kill(); _ = run.Wait() })
-	for until := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		// The socket is there a moment before it is listened on.
 		var c net.Conn
 		if c, err = net.Dial("unix", p.Socket); err == nil {
