@@ -74,17 +74,12 @@ func (o *options) client() (*adminclient.Client, error) {
 	if len(missing) > 0 {
 		return nil, cause.New(cause.Usage, "missing: %s", strings.Join(missing, ", "))
 	}
-	if st, err := os.Stat(o.tokenFile); err != nil {
-		return nil, cause.Wrap(cause.Usage, err)
-	} else if st.Mode().Perm()&0o077 != 0 {
-		return nil, cause.New(cause.Usage, "%s has mode %s: only its owner may read it", o.tokenFile, st.Mode())
-	}
-	token, err := bounded.ReadFile(o.tokenFile, 4<<10)
+	token, err := bounded.ReadNamedSecret(o.tokenFile, 4<<10)
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
 	}
 	defer clear(token)
-	ca, err := bounded.ReadFile(o.ca, 1<<20)
+	ca, err := bounded.ReadNamed(o.ca, 1<<20)
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
 	}
@@ -281,6 +276,6 @@ func input(cmd *cobra.Command, path string, max int64) ([]byte, error) {
 		b, err := bounded.ReadAll(io.LimitReader(cmd.InOrStdin(), max+1), max)
 		return b, cause.Wrap(cause.Usage, err)
 	}
-	b, err := bounded.ReadFile(path, max)
+	b, err := bounded.ReadNamed(path, max)
 	return b, cause.Wrap(cause.Usage, err)
 }

@@ -101,7 +101,7 @@ func read(path string, max int64) ([]byte, error) {
 	if path == "/dev/null" {
 		return nil, nil
 	}
-	data, err := bounded.ReadFile(path, max)
+	data, err := bounded.ReadNamed(path, max)
 	if errors.Is(err, bounded.ErrTooLarge) {
 		return nil, cause.Wrap(cause.MeasureInput, err)
 	}

@@ -3,7 +3,6 @@ package measurecmd
 import (
 	"bytes"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -11,6 +10,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/measure"
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/release"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
 
@@ -128,15 +128,11 @@ func readUKI(image, uki string) (*measure.UKI, error) {
 		u, err := measure.ParseUKI(data)
 		return u, named(uki, err)
 	}
-	f, err := os.Open(image)
+	f, s, err := bounded.OpenNamed(image)
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
 	}
 	defer f.Close()
-	s, err := f.Stat()
-	if err != nil || !s.Mode().IsRegular() {
-		return nil, cause.New(cause.Usage, "%s is not a regular file", image)
-	}
 	data, err := measure.UKIFromDisk(f, s.Size())
 	if err != nil {
 		return nil, named(image, err)

@@ -237,7 +237,7 @@ func read(c *cobra.Command, path string, max int64, tooLarge cause.Code) (data [
 	if path == "-" {
 		data, err = bounded.ReadAll(c.InOrStdin(), max)
 	} else {
-		data, err = bounded.ReadFile(path, max)
+		data, err = bounded.ReadNamed(path, max)
 	}
 	if errors.Is(err, bounded.ErrTooLarge) {
 		return nil, cause.New(tooLarge, "%s: %w", path, err)

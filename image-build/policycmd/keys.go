@@ -49,7 +49,7 @@ func LoadSigners(c *cobra.Command, paths []string, passwordFile string) ([]dsse.
 
 func passphrase(c *cobra.Command, key, file string) ([]byte, error) {
 	if file != "" {
-		data, err := bounded.ReadFile(file, 4096)
+		data, err := bounded.ReadNamed(file, 4096)
 		if err != nil {
 			return nil, cause.Wrap(cause.Usage, err)
 		}

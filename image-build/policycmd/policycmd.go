@@ -83,7 +83,7 @@ func readInput(c *cobra.Command, path string, max int64, tooLarge cause.Code) ([
 	if path == "-" {
 		data, err = bounded.ReadAll(c.InOrStdin(), max)
 	} else {
-		data, err = bounded.ReadFile(path, max)
+		data, err = bounded.ReadNamed(path, max)
 	}
 	switch {
 	case errors.Is(err, bounded.ErrTooLarge):

@@ -195,7 +195,7 @@ func firstOf(a, b string) string {
 func passphrase(file, key string) func() ([]byte, error) {
 	return func() ([]byte, error) {
 		if file != "" {
-			data, err := bounded.ReadFile(file, 4096)
+			data, err := bounded.ReadNamed(file, 4096)
 			if err != nil {
 				return nil, cause.New(cause.Usage, "passphrase: %w", err)
 			}

@@ -93,7 +93,7 @@ func newEncryption(o *Options) (*encryption, error) {
 	var configs []config.CryptoConfig
 	var jwe [][]byte
 	for _, r := range o.Recipients {
-		pem, err := bounded.ReadFile(strings.TrimPrefix(r, "jwe:"), 64<<10)
+		pem, err := bounded.ReadNamed(strings.TrimPrefix(r, "jwe:"), 64<<10)
 		if err != nil {
 			return nil, cause.New(cause.Usage, "--recipient %s: %w", r, err)
 		}

@@ -31,11 +31,11 @@ func (r *run) preparedBroker() (keyBroker, error) {
 	if r.o.openBroker != nil {
 		return r.o.openBroker()
 	}
-	ca, err := bounded.ReadFile(b.CAFile, 1<<20)
+	ca, err := bounded.ReadNamed(b.CAFile, 1<<20)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--broker-ca: %w", err)
 	}
-	token, err := bounded.ReadFile(b.TokenFile, 64<<10)
+	token, err := bounded.ReadNamed(b.TokenFile, 64<<10)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--broker-token-file: %w", err)
 	}
@@ -122,7 +122,7 @@ func readLaunches(path string) (*launches, error) {
 	if path == "" {
 		return &launches{}, nil
 	}
-	data, err := bounded.ReadFile(path, maxLaunches)
+	data, err := bounded.ReadNamed(path, maxLaunches)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--rule-launch: %w", err)
 	}

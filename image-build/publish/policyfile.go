@@ -40,7 +40,7 @@ func (r *run) preparePolicy() (*policy.Policy, error) {
 		}
 		return p, r.tryPolicy(p)
 	}
-	data, err := bounded.ReadFile(o.Template, policy.MaxSize)
+	data, err := bounded.ReadNamed(o.Template, policy.MaxSize)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--policy-template: %w", err)
 	}
@@ -67,7 +67,7 @@ func (r *run) preparePolicy() (*policy.Policy, error) {
 func (r *run) encrypts() bool { return r.o.Encrypt || len(r.o.Recipients) > 0 }
 
 func (r *run) loadPolicySigner() error {
-	pem, err := bounded.ReadFile(r.o.Policy.SignKey, 64<<10)
+	pem, err := bounded.ReadNamed(r.o.Policy.SignKey, 64<<10)
 	if err != nil {
 		return cause.New(cause.Usage, "--sign-policy-key: %w", err)
 	}
@@ -138,7 +138,7 @@ func pemFiles(flag string, files ...string) ([]string, error) {
 		if f == "" {
 			continue
 		}
-		data, err := bounded.ReadFile(f, 1<<20)
+		data, err := bounded.ReadNamed(f, 1<<20)
 		if err != nil {
 			return nil, cause.New(cause.Usage, "%s: %w", flag, err)
 		}

@@ -43,7 +43,7 @@ func (r *run) prepareRegistry() error {
 	}
 	transport := remote.DefaultTransport.(*http.Transport).Clone()
 	if r.o.Registry.CAFile != "" {
-		pem, err := bounded.ReadFile(r.o.Registry.CAFile, 1<<20)
+		pem, err := bounded.ReadNamed(r.o.Registry.CAFile, 1<<20)
 		if err != nil {
 			return cause.New(cause.Usage, "--registry-ca: %w", err)
 		}

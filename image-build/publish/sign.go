@@ -46,7 +46,7 @@ const (
 
 // loadSigner opens a cosign private key and zeroises the passphrase.
 func loadSigner(file string, password func() ([]byte, error)) (signature.SignerVerifier, error) {
-	pem, err := bounded.ReadFile(file, 64<<10)
+	pem, err := bounded.ReadNamed(file, 64<<10)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "private key: %w", err)
 	}

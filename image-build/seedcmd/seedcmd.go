@@ -76,7 +76,7 @@ func compose(initdata, hostname, network, extra string, mirrors []string) ([]byt
 		}
 		chosen[registry] = append(chosen[registry], mirror)
 	}
-	raw, err := bounded.ReadFile(initdata, policy.MaxInitdata)
+	raw, err := bounded.ReadNamed(initdata, policy.MaxInitdata)
 	if err != nil {
 		return nil, cause.Wrap(cause.Usage, err)
 	}
@@ -86,13 +86,13 @@ func compose(initdata, hostname, network, extra string, mirrors []string) ([]byt
 	}
 	var more []byte
 	if extra != "" {
-		if more, err = bounded.ReadFile(extra, seed.Limits[seed.UserDataFile]); err != nil {
+		if more, err = bounded.ReadNamed(extra, seed.Limits[seed.UserDataFile]); err != nil {
 			return nil, cause.Wrap(cause.Usage, err)
 		}
 	}
 	files := seed.Files{seed.MetaDataFile: []byte("instance-id: " + instance(hostname) + "\n")}
 	if network != "" {
-		if files[seed.NetworkConfigFile], err = bounded.ReadFile(network, seed.Limits[seed.NetworkConfigFile]); err != nil {
+		if files[seed.NetworkConfigFile], err = bounded.ReadNamed(network, seed.Limits[seed.NetworkConfigFile]); err != nil {
 			return nil, cause.Wrap(cause.Usage, err)
 		}
 	}
@@ -223,7 +223,7 @@ func checkCommand() *cobra.Command {
 		if *format != "text" && *format != "json" {
 			return cause.New(cause.Usage, "--output is %q, expected text or json", *format)
 		}
-		data, err := bounded.ReadFile(args[0], maxImage)
+		data, err := bounded.ReadNamed(args[0], maxImage)
 		switch {
 		case errors.Is(err, bounded.ErrTooLarge):
 			return cause.Wrap(cause.SeedMalformed, err)

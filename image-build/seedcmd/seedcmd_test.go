@@ -81,7 +81,10 @@ func TestASeedIsMadeAndAccepted(t *testing.T) {
 	if err != nil || v.Initdata.Algorithm != "sha256" || v.Initdata.Digest != hex.EncodeToString(in.Digest()) {
 		t.Errorf("%+v, %v", v.Initdata, err)
 	}
-	if text, err = run(t, dir, "check", "a.iso"); err != nil || !strings.HasSuffix(text, "\naccepted\n") {
+	if err := os.Symlink("a.iso", filepath.Join(dir, "link.iso")); err != nil { // named, so it may be one
+		t.Fatal(err)
+	}
+	if text, err = run(t, dir, "check", "link.iso"); err != nil || !strings.HasSuffix(text, "\naccepted\n") {
 		t.Errorf("%s, %v", text, err)
 	}
 }

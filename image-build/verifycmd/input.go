@@ -90,7 +90,7 @@ func readFile(stdin io.Reader, flag, path string, most int64) ([]byte, error) {
 	if path == "-" && flag == "--in" {
 		data, err = bounded.ReadAll(stdin, most)
 	} else {
-		data, err = bounded.ReadFile(path, most)
+		data, err = bounded.ReadNamed(path, most)
 	}
 	switch {
 	case errors.Is(err, bounded.ErrTooLarge):

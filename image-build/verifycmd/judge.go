@@ -200,7 +200,7 @@ func rootSet(arg string) (appraisal.RootSet, error) {
 	}
 	var all []byte
 	for _, f := range files {
-		b, err := bounded.ReadFile(f, max)
+		b, err := bounded.ReadNamed(f, max)
 		if err != nil {
 			return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots: %w", err)
 		}

@@ -25,7 +25,7 @@ func (o *options) rule(now time.Time) (*release.Rule, error) {
 		}
 		return nil, nil
 	}
-	data, err := bounded.ReadFile(o.rules, dsse.MaxSize)
+	data, err := bounded.ReadNamed(o.rules, dsse.MaxSize)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--rules: %w", err)
 	}
@@ -56,7 +56,7 @@ func (o *options) signed(envelope []byte, now time.Time) (*release.Rule, error) 
 	}
 	var keys []crypto.PublicKey
 	for _, path := range o.rulesKeys {
-		data, err := bounded.ReadFile(path, maxKeyFile)
+		data, err := bounded.ReadNamed(path, maxKeyFile)
 		if err != nil {
 			return nil, cause.New(cause.Usage, "--rules-key: %w", err)
 		}

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,7 @@ var (
 	ErrUnknownField = errors.New("unknown field")
 	ErrDuplicateKey = errors.New("duplicate key")
 	ErrNotRegular   = errors.New("not a regular file")
+	ErrReadable     = errors.New("only its owner may read it")
 	ErrChanged      = errors.New("file changed while it was read")
 )
 
@@ -36,35 +38,80 @@ var (
 // that grows or is replaced in place meanwhile is refused. A file that exceeds
 // max is ErrTooLarge, anything that is not a file ErrNotRegular.
 func ReadFile(path string, max int64) ([]byte, error) {
-	// O_NONBLOCK: opening a FIFO that somebody placed there must not hang.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	f, before, err := open(path, unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, fmt.Errorf("%s is a symbolic link: %w", path, ErrNotRegular)
+	}
 	if err != nil {
-		if errors.Is(err, unix.ELOOP) {
-			return nil, fmt.Errorf("%s is a symbolic link: %w", path, ErrNotRegular)
-		}
 		return nil, err
 	}
 	defer f.Close()
-	before, err := f.Stat()
+	return read(f, before, max)
+}
+
+// ReadNamed is ReadFile for a file that whoever runs the program names on its
+// command line: it may be a symbolic link, as those of distributions and of
+// mounted secrets are. A service's files and all that others may have placed
+// are ReadFile's.
+func ReadNamed(path string, max int64) ([]byte, error) {
+	f, before, err := OpenNamed(path)
 	if err != nil {
 		return nil, err
 	}
-	if !before.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: %w", path, ErrNotRegular)
+	defer f.Close()
+	return read(f, before, max)
+}
+
+// ReadNamedSecret is ReadNamed for a file that nobody but its owner may read;
+// otherwise the error is ErrReadable. What is judged is the file that is read,
+// not a link to it.
+func ReadNamedSecret(path string, max int64) ([]byte, error) {
+	f, before, err := OpenNamed(path)
+	if err != nil {
+		return nil, err
 	}
+	defer f.Close()
+	if before.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s has mode %s: %w", path, before.Mode(), ErrReadable)
+	}
+	return read(f, before, max)
+}
+
+// OpenNamed opens a file as ReadNamed does, for one that is too large to be
+// held. What is said of it is said of the open file.
+func OpenNamed(path string) (*os.File, fs.FileInfo, error) { return open(path, 0) }
+
+func open(path string, flags int) (*os.File, fs.FileInfo, error) {
+	// O_NONBLOCK: opening a FIFO that somebody placed there must not hang.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|flags, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s: %w", path, ErrNotRegular)
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
+}
+
+func read(f *os.File, before fs.FileInfo, max int64) ([]byte, error) {
 	if before.Size() > max {
-		return nil, fmt.Errorf("%s has %d bytes, at most %d are accepted: %w", path, before.Size(), max, ErrTooLarge)
+		return nil, fmt.Errorf("%s has %d bytes, at most %d are accepted: %w", f.Name(), before.Size(), max, ErrTooLarge)
 	}
 	data, err := ReadAll(f, max)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	after, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
 	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) || int64(len(data)) != after.Size() {
-		return nil, fmt.Errorf("%s: %w", path, ErrChanged)
+		return nil, fmt.Errorf("%s: %w", f.Name(), ErrChanged)
 	}
 	return data, nil
 }

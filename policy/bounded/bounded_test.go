@@ -159,6 +159,53 @@ func TestReadFile(t *testing.T) {
 	}
 }
 
+// What an operator names may be a link; all else holds of the file behind it.
+func TestReadNamedFollowsLinksToRegularFilesAlone(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for name, mode := range map[string]os.FileMode{"file": 0o644, "secret": 0o600} {
+		if err := os.WriteFile(at(name), []byte("hello"), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mkfifo(at("fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for link, to := range map[string]string{"link": "file", "link2": "link", "to-secret": "secret", "to-fifo": "fifo", "to-dir": dir, "to-device": "/dev/zero", "to-itself": "to-itself", "to-nothing": "nothing"} {
+		if err := os.Symlink(to, at(link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"file", "link", "link2", "secret", "to-secret"} {
+		if data, err := ReadNamed(at(name), 5); err != nil || string(data) != "hello" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+		if _, err := ReadNamed(at(name), 4); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("%s over the limit: %v", name, err)
+		}
+	}
+	for _, name := range []string{"to-fifo", "to-dir", "to-device", "fifo", "."} {
+		if _, err := ReadNamed(at(name), 5); !errors.Is(err, ErrNotRegular) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, name := range []string{"to-itself", "to-nothing"} {
+		if _, err := ReadNamed(at(name), 5); err == nil {
+			t.Errorf("%s was read", name)
+		}
+	}
+	// A link's own mode is 0777 and says nothing.
+	for name, is := range map[string]error{"secret": nil, "to-secret": nil, "file": ErrReadable, "link": ErrReadable, "to-fifo": ErrNotRegular} {
+		data, err := ReadNamedSecret(at(name), 5)
+		if !errors.Is(err, is) || (is == nil && string(data) != "hello") || (is != nil && data != nil) {
+			t.Errorf("secret %s: %q, %v", name, data, err)
+		}
+	}
+	if _, err := ReadNamed("/proc/self/status", 1<<20); !errors.Is(err, ErrChanged) {
+		t.Errorf("file that yields more than its size: %v", err)
+	}
+}
+
 func TestReadAllStopsAtTheLimit(t *testing.T) {
 	r := strings.NewReader("0123456789")
 	if _, err := ReadAll(r, 4); !errors.Is(err, ErrTooLarge) {

@@ -165,7 +165,7 @@ func readOrder(stdin io.Reader, path string) (document []byte, err error) {
 	if path == "-" {
 		document, err = bounded.ReadAll(stdin, control.MaxOrder)
 	} else {
-		document, err = bounded.ReadFile(path, control.MaxOrder)
+		document, err = bounded.ReadNamed(path, control.MaxOrder)
 	}
 	switch {
 	case errors.Is(err, bounded.ErrTooLarge):

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -23,6 +26,26 @@ func TestScripts(t *testing.T) {
 			"status": status,
 		},
 	})
+}
+
+// What the command line names may be a symbolic link: a command of cvmctl that
+// refuses one would be alone in it.
+func TestNamedFilesMayBeLinks(t *testing.T) {
+	seen := 0
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if strings.Contains(string(text), "bounded.ReadFile(") {
+			t.Errorf("%s reads by bounded.ReadFile, expected ReadNamed", path)
+		}
+		seen += strings.Count(string(text), "bounded.ReadNamed")
+		return err
+	})
+	if err != nil || seen == 0 {
+		t.Fatalf("%d named files, %v", seen, err)
+	}
 }
 
 // status N PROGRAM ARGS… runs the program and wants exit status N.
