@@ -49,6 +49,18 @@ func TestScripts(t *testing.T) {
 			}
 			return writeKeys(e.WorkDir)
 		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			// exits N CMD ARG...: the command must end with exactly this status.
+			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
+				got := "exit status 0"
+				if err := ts.Exec(args[1], args[2:]...); err != nil {
+					got = err.Error()
+				}
+				if neg || got != "exit status "+args[0] {
+					ts.Fatalf("%s, expected %s", got, args[0])
+				}
+			},
+		},
 	})
 }
 

@@ -23,21 +23,29 @@ type predicted struct {
 
 func pcrCommand() *cobra.Command {
 	var o out
-	var image, uki, initdata, phases, pcr2, platform, paravisor string
+	var image, uki, initdata, phases, pcr2 string
+	var in where
 	c := &cobra.Command{
-		Use:   "pcr --image DISK | --uki FILE [--initdata FILE] [--phases WORD:WORD…] [--pcr2 HEX]",
+		Use:   "pcr --image DISK | --uki FILE [--initdata FILE] [--phases WORD:WORD…] [--pcr2 HEX] [--platform NAME [--paravisor HEX]]",
 		Short: "Predict PCRs 2, 4, 9, 11, 12 and 13 of a booted image, and 8 for an initdata",
 		Long: "Pcr prints what a TPM's PCRs (SHA-256) hold once the image has booted from its disk. With --image the\n" +
 			"UKI is /EFI/BOOT/BOOTX64.EFI of the disk's EFI system partition. PCR 11 depends on how far the boot\n" +
 			"has come where systemd-pcrphase is: sysinit:ready if /init is not systemd. This project's image has none.\n" +
 			"PCR 2 is that of firmware to which nobody added a driver. Where the machine's own firmware measures drivers\n" +
 			"there, give what it leaves with --pcr2, from a boot of a machine that you trust.\n" +
-			"A launch entry never names PCR 8: the launch policy, which release rules name, is what it holds.",
+			"A launch entry never names PCR 8: the launch policy, which release rules name, is what it holds.\n" +
+			"An entry of an Azure platform also pins the paravisor, which keeps the PCRs: what SEV-SNP or TDX measured\n" +
+			"of it is given with --paravisor, and no file predicts it. Take it from the evidence of a guest that you\n" +
+			"trust: `cvmctl verify evidence --output json` has it among the facts.",
 		Example: "  cvmctl measure pcr --image disk.raw --initdata initdata.toml\n" +
 			"  cvmctl measure pcr --uki uki.efi --format reference-values --label guest-1.4 --into reference.yaml",
 		RunE: func(c *cobra.Command, _ []string) error {
 			if (image == "") == (uki == "") {
 				return cause.New(cause.Usage, "give exactly one of --image and --uki")
+			}
+			entry, err := in.entry(c)
+			if err != nil {
+				return err
 			}
 			u, err := readUKI(image, uki)
 			if err != nil {
@@ -69,9 +77,8 @@ func pcrCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			entry, err := pcrEntry(platform, paravisor, pcrs)
-			if err != nil {
-				return err
+			for _, i := range release.PinnedPCRs {
+				entry.PCRs[i] = pcrs[i]
 			}
 			return o.print(c, predicted{pcrs, config.Phases, measure.PCRAssumptions}, pcrText(pcrs), entry)
 		},
@@ -82,28 +89,9 @@ func pcrCommand() *cobra.Command {
 	f.StringVar(&initdata, "initdata", "", "initdata `FILE`, for PCR 8")
 	f.StringVar(&phases, "phases", strings.Join(measure.DefaultPhases, ":"), "boot phases measured into PCR 11, `WORD:WORD…`; empty for none")
 	f.StringVar(&pcr2, "pcr2", "", "PCR 2 that the machine's firmware leaves, `HEX`; default: no driver was measured there")
-	f.StringVar(&platform, "platform", release.PlatformTPM, "platform of the launch entry: tpm or az-snp-vtpm")
-	f.StringVar(&paravisor, "paravisor", "", "for az-snp-vtpm: MEASUREMENT of Azure's paravisor, `HEX`")
+	in.flags(c)
 	o.flags(c)
 	return c
-}
-
-func pcrEntry(platform, paravisor string, pcrs map[string]string) (release.Launch, error) {
-	entry := release.Launch{Platform: platform, PCRs: map[string]string{}}
-	for _, i := range release.PinnedPCRs {
-		entry.PCRs[i] = pcrs[i]
-	}
-	switch {
-	case platform == release.PlatformTPM && paravisor == "":
-	case platform == release.PlatformAzSNPvTPM && paravisor != "":
-		if err := bytesOf("paravisor", paravisor, make([]byte, 48)); err != nil {
-			return entry, err
-		}
-		entry.SNP = &release.SNPLaunch{Measurement: strings.ToLower(paravisor)}
-	default:
-		return entry, cause.New(cause.Usage, "--platform is %q, expected tpm, or az-snp-vtpm with --paravisor", platform)
-	}
-	return entry, nil
 }
 
 func pcrText(pcrs map[string]string) string {

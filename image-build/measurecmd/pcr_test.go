@@ -20,8 +20,10 @@ const separatorOnly = "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f1
 // written down here, not taken from the program's own list.
 func TestLesson42_ThePrintedDocumentPinsWhatTheHostAdds(t *testing.T) {
 	for name, argv := range map[string][]string{
-		"tpm":            {},
-		"azure":          {"--platform", "az-snp-vtpm", "--paravisor", strings.Repeat("1", 96)},
+		"tpm":   {},
+		"azure": {"--platform", "az-snp-vtpm", "--paravisor", strings.Repeat("1", 96)},
+		"azure, TDX": {"--platform", "az-tdx-vtpm", "--paravisor", strings.Repeat("1", 96), "--paravisor-rtmr0", strings.Repeat("2", 96),
+			"--paravisor-rtmr1", strings.Repeat("3", 96), "--paravisor-rtmr2", strings.Repeat("4", 96)},
 		"as JSON":        {"--output", "json"},
 		"into a file":    {"--into", "../../policy/examples/reference/reference.yaml"},
 		"with phases":    {"--phases", "sysinit:ready"},
