@@ -97,13 +97,6 @@ func (o *options) print(cmd *cobra.Command, v any, text string) error {
 	return err
 }
 
-// args checks the number of arguments with the usage exit status.
-func args(n int) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, a []string) error {
-		return cause.Wrap(cause.Usage, cobra.ExactArgs(n)(cmd, a))
-	}
-}
-
 // group is a command that only has subcommands.
 func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 	c := &cobra.Command{Use: use, Short: short}
@@ -119,7 +112,7 @@ type done struct {
 
 // does makes a command that runs f on its first argument and says so.
 func (o *options) does(use, short, word string, n int, f func(cmd *cobra.Command, c *adminclient.Client, a []string) error) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, Args: args(n), RunE: func(cmd *cobra.Command, a []string) error {
+	return &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(n), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err
@@ -133,7 +126,7 @@ func (o *options) does(use, short, word string, n int, f func(cmd *cobra.Command
 
 // lists makes a command that prints names.
 func (o *options) lists(short string, f func(cmd *cobra.Command, c *adminclient.Client) ([]string, error)) *cobra.Command {
-	return &cobra.Command{Use: "list", Short: short, Args: args(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "list", Short: short, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err
@@ -188,7 +181,7 @@ func (o *options) rule() *cobra.Command {
 			return c.PutRule(cmd.Context(), a[0], *r)
 		})
 	set.Flags().StringVar(&file, "file", "", "`FILE` with the rule, or - for standard input")
-	show := &cobra.Command{Use: "show URI", Short: "Print a resource's release rule", Args: args(1), RunE: func(cmd *cobra.Command, a []string) error {
+	show := &cobra.Command{Use: "show URI", Short: "Print a resource's release rule", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err
@@ -228,7 +221,7 @@ func (o *options) mark() *cobra.Command {
 			return c.SetMark(cmd.Context(), a[0], adminclient.Mark{Version: version, Signers: signers})
 		})
 	set.Flags().StringSliceVar(&signers, "signer", nil, "`SHA256` of a current signer's SPKI (repeatable)")
-	show := &cobra.Command{Use: "show NAME", Short: "Print the version mark of a policy name", Args: args(1), RunE: func(cmd *cobra.Command, a []string) error {
+	show := &cobra.Command{Use: "show NAME", Short: "Print the version mark of a policy name", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err
@@ -251,7 +244,7 @@ func (o *options) mark() *cobra.Command {
 
 func (o *options) audit() *cobra.Command {
 	return group("audit", "The broker's audit log", &cobra.Command{
-		Use: "verify FILE", Short: "Verify the hash chain of an audit log and print its head", Args: args(1),
+		Use: "verify FILE", Short: "Verify the hash chain of an audit log and print its head", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, a []string) error {
 			f, err := os.Open(a[0])
 			if err != nil {

@@ -16,12 +16,15 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy/broker"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse/dssetest"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"cvmctl-broker": func() {
-			if err := Command().Execute(); err != nil {
+			c := Command()
+			usage.Errors(c)
+			if err := c.Execute(); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(cause.Exit(err))
 			}

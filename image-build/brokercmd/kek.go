@@ -16,7 +16,7 @@ func (o *options) kekCommand() *cobra.Command {
 		Long: "Make an AES-256 key in a PKCS #11 token, one that cannot be taken out: what a broker's configuration names as\n" +
 			"kek.pkcs11. A label that is taken is left alone. This needs cvmctl-pkcs11: make broker-pkcs11.",
 		Example: "  cvmctl-pkcs11 broker kek create --module /usr/lib/softhsm/libsofthsm2.so --token broker --key kek --pin-file pin",
-		Args:    args(0),
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if p.Module == "" || p.Token == "" || p.Key == "" || p.PINFile == "" {
 				return cause.New(cause.Usage, "--module, --token, --key and --pin-file are all needed")

@@ -15,7 +15,7 @@ import (
 
 // shows makes a command that prints one named thing.
 func (o *options) shows(use, short string, f func(cmd *cobra.Command, c *adminclient.Client, name string) (v any, text string, err error)) *cobra.Command {
-	return &cobra.Command{Use: use, Short: short, Args: args(1), RunE: func(cmd *cobra.Command, a []string) error {
+	return &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, a []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err
@@ -36,7 +36,7 @@ func (o *options) reference() *cobra.Command {
 		Long: "Set sends the envelope that `cvmctl policy sign` made. The broker verifies it by the ruleSigners of its own\n" +
 			"configuration, and never takes a lower version of the document's name again.",
 		Example: "  cvmctl broker reference set --file reference.dsse.json --url … --ca … --token-file …",
-		Args:    args(0),
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := o.client()
 			if err != nil {
@@ -104,7 +104,7 @@ func row(i adminclient.Instance) string {
 }
 
 func (o *options) instance() *cobra.Command {
-	list := &cobra.Command{Use: "list", Short: "List the instances that have attested", Args: args(0), RunE: func(cmd *cobra.Command, _ []string) error {
+	list := &cobra.Command{Use: "list", Short: "List the instances that have attested", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := o.client()
 		if err != nil {
 			return err

@@ -15,6 +15,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/measurecmd"
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 func TestMain(m *testing.M) {
@@ -22,6 +23,7 @@ func TestMain(m *testing.M) {
 		root := &cobra.Command{Use: "cvmctl", SilenceErrors: true, SilenceUsage: true}
 		root.AddCommand(measurecmd.Command())
 		root.AddCommand(policycmd.Commands()...)
+		usage.Errors(root)
 		if err := root.Execute(); err != nil {
 			root.PrintErrln("cvmctl: " + err.Error())
 			os.Exit(cause.Exit(err))

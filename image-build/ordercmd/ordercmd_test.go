@@ -22,6 +22,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/policy"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse/dssetest"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 func TestMain(m *testing.M) {
@@ -32,6 +33,7 @@ func TestMain(m *testing.M) {
 func cvmctl() {
 	root := &cobra.Command{Use: "cvmctl", SilenceErrors: true, SilenceUsage: true}
 	root.AddCommand(ordercmd.Commands()...)
+	usage.Errors(root)
 	err := root.ExecuteContext(context.Background())
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "cvmctl: %v\n", err)

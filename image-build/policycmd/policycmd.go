@@ -23,26 +23,12 @@ func Commands() []*cobra.Command {
 	return []*cobra.Command{policyCommand(), initdataCommand()}
 }
 
-// group makes a command that only holds others: without one of them it is a
-// usage error, not a silent success.
+// group makes a command that only holds others.
 func group(use, short, long string, subs ...*cobra.Command) *cobra.Command {
-	c := &cobra.Command{Use: use, Short: short, Long: long, RunE: func(c *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return cause.New(cause.Usage, "unknown command %q for %q", args[0], c.CommandPath())
-		}
-		return cause.New(cause.Usage, "%s needs a command; see %s --help", c.CommandPath(), c.CommandPath())
-	}}
+	c := &cobra.Command{Use: use, Short: short, Long: long}
 	c.AddCommand(subs...)
-	for _, s := range subs {
-		s.SetFlagErrorFunc(usageError)
-		s.SilenceUsage, s.SilenceErrors = true, true
-	}
-	c.SetFlagErrorFunc(usageError)
-	c.SilenceUsage, c.SilenceErrors = true, true
 	return c
 }
-
-func usageError(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) }
 
 // exactArgs is cobra.ExactArgs with a cause.
 func exactArgs(n int, what string) cobra.PositionalArgs {

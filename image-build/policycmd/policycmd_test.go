@@ -14,6 +14,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/policycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 	"github.com/cc-runtime/cvm-agent/policy/dsse/dssetest"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 func TestMain(m *testing.M) {
@@ -24,6 +25,7 @@ func TestMain(m *testing.M) {
 func cvmctl() {
 	root := &cobra.Command{Use: "cvmctl", SilenceErrors: true, SilenceUsage: true}
 	root.AddCommand(policycmd.Commands()...)
+	usage.Errors(root)
 	err := root.Execute()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "cvmctl: %v\n", err)

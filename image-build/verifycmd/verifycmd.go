@@ -26,7 +26,6 @@ func Command() *cobra.Command {
 		Long:  "Verify checks on this machine, from files alone, what a confidential VM says of itself.",
 	}
 	c.AddCommand(evidenceCommand())
-	c.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) })
 	return c
 }
 
@@ -104,7 +103,7 @@ func (o *options) command() *cobra.Command {
 		Example: "  cvmctl verify evidence --in report.bin --format snp --certs certs/ --report-data 01ab… --rules rule.yaml\n" +
 			"  cvmctl verify evidence --in evidence.json --format kbs --tee tdx --collateral collateral/\n" +
 			"  cvmctl verify evidence --in - --format kbs --tee snp --allow-missing revocation --output json <evidence.json",
-		Args: func(c *cobra.Command, args []string) error { return cause.Wrap(cause.Usage, cobra.NoArgs(c, args)) },
+		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return o.run(c) },
 	}
 	f := c.Flags()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/image-build/verifycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 func TestMain(m *testing.M) {
@@ -42,6 +43,7 @@ func cvmctl() {
 	seal()
 	root := &cobra.Command{Use: "cvmctl", SilenceErrors: true, SilenceUsage: true}
 	root.AddCommand(verifycmd.Command())
+	usage.Errors(root)
 	err := root.Execute()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "cvmctl: %v\n", err)

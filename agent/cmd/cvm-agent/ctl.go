@@ -36,10 +36,6 @@ func ctlCommand() *cobra.Command {
 		Example: "  cvm-agent ctl status --output json\n" +
 			"  cvm-agent ctl events --follow\n" +
 			"  cvm-agent ctl upgrade policy.dsse.json",
-		Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return cause.New(cause.Usage, "%s needs a command, see `%s --help`", cmd.CommandPath(), cmd.CommandPath())
-		},
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if c.output != "text" && c.output != "json" {
 				return cause.New(cause.Usage, "--output is %q, expected text or json", c.output)
@@ -56,7 +52,7 @@ func ctlCommand() *cobra.Command {
 
 func (c *ctl) status() *cobra.Command {
 	return &cobra.Command{
-		Use: "status", Short: "Show the agent's state, its workloads and every phase", Args: usageArgs(cobra.NoArgs),
+		Use: "status", Short: "Show the agent's state, its workloads and every phase", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			st, err := c.client().Status(cmd.Context())
 			if err != nil {
@@ -75,7 +71,7 @@ func (c *ctl) status() *cobra.Command {
 func (c *ctl) events() *cobra.Command {
 	follow := false
 	cmd := &cobra.Command{
-		Use: "events", Short: "Show what happened, one line for each change of a phase", Args: usageArgs(cobra.NoArgs),
+		Use: "events", Short: "Show what happened, one line for each change of a phase", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.client().Events(cmd.Context(), follow, func(e control.Event) error { return c.event(cmd.OutOrStdout(), e) })
 		},
@@ -93,7 +89,7 @@ func (c *ctl) event(out io.Writer, e control.Event) error {
 
 func (c *ctl) challenge() *cobra.Command {
 	return &cobra.Command{
-		Use: "challenge", Short: "Ask for a challenge that a signed order has to answer", Args: usageArgs(cobra.NoArgs),
+		Use: "challenge", Short: "Ask for a challenge that a signed order has to answer", Args: cobra.NoArgs,
 		Long: "Ask for a challenge that a signed order has to answer: JSON, which `cvmctl order` reads. It is good for one\n" +
 			"order, for ten minutes.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -115,11 +111,11 @@ func (c *ctl) upgrade() *cobra.Command {
 			"- for standard input. The new version is verified and fetched while the old one runs; when it does not become\n" +
 			"healthy the old one runs again, and the exit status says so. A signed order, made with `cvmctl order upgrade`,\n" +
 			"carries its policy.",
-		Args: usageArgs(cobra.MaximumNArgs(1)),
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			each := func(e control.Event) { _ = c.event(cmd.OutOrStdout(), e) }
 			if (signed == "") == (len(args) == 0) {
-				return cause.New(cause.Usage, "expected either a policy or --order, see `%s --help`", cmd.CommandPath())
+				return cause.New(cause.Usage, "expected either a policy or --order, see %s --help", cmd.CommandPath())
 			}
 			if signed != "" {
 				return c.signed(cmd, order.Upgrade, signed)
@@ -183,7 +179,7 @@ func (c *ctl) destroy() *cobra.Command {
 		Short: "End this instance: remove its workloads, images, volumes and keys",
 		Long: "End this instance for ever: remove its workloads, images, volumes and keys. It asks first, unless told --yes or\n" +
 			"given a signed order, made with `cvmctl order destroy`.",
-		Args: usageArgs(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if signed != "" {
 				return c.signed(cmd, order.Destroy, signed)

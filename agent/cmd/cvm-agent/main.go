@@ -16,6 +16,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/agent/image"
 	"github.com/cc-runtime/cvm-agent/agent/sbom"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 // version is set by the linker.
@@ -51,28 +52,15 @@ func command() *cobra.Command {
 		Version:       programVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          usageArgs(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return cause.New(cause.Usage, "%w, see `%s --help`", err, c.CommandPath())
-	})
 	root.AddCommand(runCommand(), ctlCommand(), &cobra.Command{
-		Use: "version", Short: "Print the program's version", Args: usageArgs(cobra.NoArgs),
+		Use: "version", Short: "Print the program's version", Args: cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), programVersion()) },
 	})
+	usage.Errors(root)
 	return root
-}
-
-// usageArgs gives errors on arguments their exit status.
-func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return cause.New(cause.Usage, "%w, see `%s --help`", err, cmd.CommandPath())
-		}
-		return nil
-	}
 }
 
 func programVersion() string {

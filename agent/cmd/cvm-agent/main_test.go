@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/agent/control"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage/usagetest"
 )
 
 func TestMain(m *testing.M) {
@@ -39,6 +41,12 @@ func TestScript(t *testing.T) {
 			return nil
 		},
 	})
+}
+
+func TestUnknownCommands(t *testing.T) {
+	if groups := usagetest.Groups(t, command); !slices.Contains(groups, "cvm-agent ctl") {
+		t.Errorf("asked %q", groups)
+	}
 }
 
 // scripted is an agent with a fixed history.

@@ -22,7 +22,7 @@ func runCommand() *cobra.Command {
 		Long: "Run the daemon. A launch that fails ends it with one line, `cvm-agent: PHASE: CODE: TEXT`, and the exit\n" +
 			"status that belongs to the code; nothing of the launch is left then.",
 		Example: "  cvm-agent run --config /etc/cvm-agent/agent.yaml",
-		Args:    usageArgs(cobra.NoArgs),
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if uid := os.Geteuid(); uid != 0 {
 				return cause.New(cause.NotPermitted, "run is started by user %d, expected root: it mounts and unpacks images", uid)

@@ -20,6 +20,7 @@ import (
 	"github.com/cc-runtime/cvm-agent/image-build/seedcmd"
 	"github.com/cc-runtime/cvm-agent/image-build/verifycmd"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 // version is set by the linker.
@@ -52,19 +53,13 @@ func command() *cobra.Command {
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.ArbitraryArgs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return cause.New(cause.Usage, "unknown command %q, see cvmctl help", args[0])
-			}
-			return cmd.Help()
-		},
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.AddCommand(publish.Command(), brokercmd.Command(), verifycmd.Command(), measurecmd.Command(), seedcmd.Command(), versionCommand())
 	root.AddCommand(policycmd.Commands()...)
 	root.AddCommand(ordercmd.Commands()...)
 	root.SetVersionTemplate("cvmctl {{.Version}}\n")
-	usageErrors(root)
+	usage.Errors(root)
 	return root
 }
 
@@ -77,30 +72,6 @@ func versionCommand() *cobra.Command {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), "cvmctl", version)
 			return err
 		},
-	}
-}
-
-// usageErrors gives the errors of flags and arguments, which cobra makes, the
-// code for usage in every command below c. A group of commands called without
-// one of them is such an error too.
-func usageErrors(c *cobra.Command) {
-	c.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return cause.New(cause.Usage, "%w, see %s --help", err, cmd.CommandPath())
-	})
-	if args := c.Args; args != nil {
-		c.Args = func(cmd *cobra.Command, a []string) error { return cause.Wrap(cause.Usage, args(cmd, a)) }
-	}
-	if !c.Runnable() && c.HasSubCommands() {
-		c.Args = cobra.ArbitraryArgs
-		c.RunE = func(cmd *cobra.Command, a []string) error {
-			if len(a) > 0 {
-				return cause.New(cause.Usage, "unknown command %q after %q, see %s --help", a[0], cmd.CommandPath(), cmd.CommandPath())
-			}
-			return cause.New(cause.Usage, "expected a command after %q, see %s --help", cmd.CommandPath(), cmd.CommandPath())
-		}
-	}
-	for _, sub := range c.Commands() {
-		usageErrors(sub)
 	}
 }
 

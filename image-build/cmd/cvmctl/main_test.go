@@ -4,12 +4,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/cc-runtime/cvm-agent/image-build/publish"
+	"github.com/cc-runtime/cvm-agent/policy/usage/usagetest"
 )
 
 func TestMain(m *testing.M) {
@@ -26,6 +28,16 @@ func TestScripts(t *testing.T) {
 			"status": status,
 		},
 	})
+}
+
+// Every group says the same of a command that it has not, and of none.
+func TestUnknownCommands(t *testing.T) {
+	groups := usagetest.Groups(t, command)
+	for _, g := range []string{"cvmctl", "cvmctl measure", "cvmctl order", "cvmctl control", "cvmctl policy", "cvmctl seed", "cvmctl broker kek", "cvmctl completion"} {
+		if !slices.Contains(groups, g) {
+			t.Errorf("%s is no group of %q", g, groups)
+		}
+	}
 }
 
 // What the command line names may be a symbolic link: a command of cvmctl that

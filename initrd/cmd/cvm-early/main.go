@@ -70,7 +70,7 @@ func run(args []string, out, errOut io.Writer) int {
 
 func command(ctx context.Context, args []string, out io.Writer) error {
 	if len(args) == 0 {
-		return cause.New(cause.Usage, "a command is missing; see cvm-early help")
+		return cause.New(cause.Usage, "expected a command after \"cvm-early\", see cvm-early --help")
 	}
 	switch args[0] {
 	case "measure":
@@ -83,7 +83,7 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 				fmt.Fprint(out, usage)
 				return err
 			}
-			return cause.New(cause.Usage, "%w; see cvm-early help", err)
+			return cause.New(cause.Usage, "%w, see cvm-early --help", err)
 		}
 		if *initdata == "" || flags.NArg() > 0 {
 			return cause.New(cause.Usage, "measure takes --initdata FILE and --tpm SPEC, and nothing else")
@@ -96,7 +96,7 @@ func command(ctx context.Context, args []string, out io.Writer) error {
 		fmt.Fprint(out, usage)
 		return nil
 	}
-	return cause.New(cause.Usage, "unknown command %q; see cvm-early help", args[0])
+	return cause.New(cause.Usage, "unknown command %q after \"cvm-early\", see cvm-early --help", args[0])
 }
 
 // measure checks what a TEE's launch is bound to, or extends PCR 8 by the digest

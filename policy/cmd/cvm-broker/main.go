@@ -15,6 +15,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/policy/broker"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
+	"github.com/cc-runtime/cvm-agent/policy/usage"
 )
 
 // version is set by the linker.
@@ -41,12 +42,11 @@ func command() *cobra.Command {
 		Version:       programVersion(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          noArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cause.Wrap(cause.Usage, err) })
 	root.AddCommand(initCommand(), serveCommand(), versionCommand())
+	usage.Errors(root)
 	return root
 }
 
@@ -60,7 +60,7 @@ func initCommand() *cobra.Command {
 			"  cvm-broker init --dir b1 --host broker.example --listen :8443 --name b1 --postgres dsn\n" +
 			"  cvm-broker init --dir b2 --join b1 --listen :8443 --name b2\n" +
 			"  cvm-broker serve --config /etc/cvm-broker/config.yaml",
-		Args: noArgs,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			for _, s := range roots {
 				r, err := broker.ParseRootFlag(s)
@@ -109,7 +109,7 @@ func serveCommand() *cobra.Command {
 		Long: "Serve the KBS protocol and its admin side until SIGTERM. Standard output says the address once it is\n" +
 			"listened on, standard error is the log; what was asked and answered is in the audit log.",
 		Example: "  cvm-broker serve --config /etc/cvm-broker/config.yaml",
-		Args:    noArgs,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if path == "" {
 				return cause.New(cause.Usage, "--config is missing")
@@ -135,7 +135,7 @@ func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  noArgs,
+		Args:  cobra.NoArgs,
 		Run:   func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), programVersion()) },
 	}
 }
@@ -148,11 +148,4 @@ func programVersion() string {
 		return info.Main.Version
 	}
 	return "unknown"
-}
-
-func noArgs(cmd *cobra.Command, args []string) error {
-	if err := cobra.NoArgs(cmd, args); err != nil {
-		return cause.New(cause.Usage, "%w, see `%s --help`", err, cmd.CommandPath())
-	}
-	return nil
 }
