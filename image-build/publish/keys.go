@@ -35,7 +35,7 @@ func (r *run) preparedBroker() (keyBroker, error) {
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--broker-ca: %w", err)
 	}
-	token, err := bounded.ReadNamed(b.TokenFile, 64<<10)
+	token, err := bounded.ReadNamedSecret(b.TokenFile, 64<<10)
 	if err != nil {
 		return nil, cause.New(cause.Usage, "--broker-token-file: %w", err)
 	}

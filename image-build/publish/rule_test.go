@@ -21,6 +21,26 @@ type refusingBroker struct {
 
 func (b refusingBroker) PutRule(context.Context, string, adminclient.Rule) error { return b.err }
 
+// The token is an admin's: a file that others can read is refused, as by
+// `cvmctl broker`, and its text is in no error.
+func TestAnAdminTokenThatOthersCanReadIsRefused(t *testing.T) {
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte("an-admins-token-0123456789abcdefghijklmnopqrstuvwxyz"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := &run{o: &Options{Encrypt: true, Broker: BrokerOptions{URL: "https://broker.test", CAFile: certificate(t), TokenFile: token}}}
+	if _, err := r.preparedBroker(); err != nil {
+		t.Error(err)
+	}
+	if err := os.Chmod(token, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.preparedBroker()
+	if cause.Of(err) != cause.Usage || !strings.Contains(err.Error(), "--broker-token-file: ") || !strings.Contains(err.Error(), "only its owner") || strings.Contains(err.Error(), "an-admins-token-0123456789abcdefghijklmnopqrstuvwxyz") {
+		t.Errorf("%v", err)
+	}
+}
+
 // A broker that takes signed documents alone keeps the key, and the publisher
 // is told what is left to do; any other refusal fails the run.
 func TestRuleOfABrokerThatWantsSignedDocuments(t *testing.T) {

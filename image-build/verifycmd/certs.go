@@ -28,7 +28,7 @@ func (o *options) readCerts() ([]kbs.SNPCert, error) {
 	if o.certs == "" {
 		return nil, nil
 	}
-	files, err := listed(o.certs, certificateFiles...)
+	files, read, err := listed(o.certs, certificateFiles...)
 	if err == nil && len(files) > maxCertFiles {
 		err = fmt.Errorf("%s has %d files, at most %d are read", o.certs, len(files), maxCertFiles)
 	}
@@ -37,9 +37,9 @@ func (o *options) readCerts() ([]kbs.SNPCert, error) {
 	}
 	var all []kbs.SNPCert
 	for _, f := range files {
-		data, err := readFile(nil, "--certs", f, collateral.MaxSize)
+		data, err := read(f, collateral.MaxSize)
 		if err != nil {
-			return nil, err
+			return nil, unread("--certs", err)
 		}
 		some, err := parseCerts(data)
 		if err != nil {

@@ -92,13 +92,18 @@ func readFile(stdin io.Reader, flag, path string, most int64) ([]byte, error) {
 	} else {
 		data, err = bounded.ReadNamed(path, most)
 	}
-	switch {
-	case errors.Is(err, bounded.ErrTooLarge):
-		return nil, malformed("%s: %w", flag, err)
-	case err != nil:
-		return nil, cause.New(cause.Usage, "%s: %w", flag, err)
+	if err != nil {
+		return nil, unread(flag, err)
 	}
 	return data, nil
+}
+
+// unread is the error of a flag's file that could not be read.
+func unread(flag string, err error) error {
+	if errors.Is(err, bounded.ErrTooLarge) {
+		return malformed("%s: %w", flag, err)
+	}
+	return cause.New(cause.Usage, "%s: %w", flag, err)
 }
 
 func malformed(format string, args ...any) error {

@@ -194,13 +194,13 @@ func rootSet(arg string) (appraisal.RootSet, error) {
 	if !ok || name == "" || path == "" {
 		return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots is %q, expected NAME=PATH", arg)
 	}
-	files, err := listed(path, ".pem", ".crt")
+	files, read, err := listed(path, ".pem", ".crt")
 	if err != nil {
 		return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots: %w", err)
 	}
 	var all []byte
 	for _, f := range files {
-		b, err := bounded.ReadNamed(f, max)
+		b, err := read(f, max)
 		if err != nil {
 			return appraisal.RootSet{}, cause.New(cause.Usage, "--ak-roots: %w", err)
 		}
@@ -211,18 +211,19 @@ func rootSet(arg string) (appraisal.RootSet, error) {
 }
 
 // listed is path itself, or the regular files in it whose extension is one of
-// those given (all when none is given), by name.
-func listed(path string, extensions ...string) ([]string, error) {
+// those given (all when none is given), by name; and what reads them. Nobody
+// named the files of a directory, so one that has become a link since is refused.
+func listed(path string, extensions ...string) ([]string, reader, error) {
 	st, err := os.Stat(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if !st.IsDir() {
-		return []string{path}, nil
+		return []string{path}, bounded.ReadNamed, nil
 	}
 	entries, err := os.ReadDir(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var files []string
 	for _, e := range entries {
@@ -231,10 +232,13 @@ func listed(path string, extensions ...string) ([]string, error) {
 		}
 	}
 	if len(files) == 0 {
-		return nil, errors.New(path + " has no usable file")
+		return nil, nil, errors.New(path + " has no usable file")
 	}
-	return files, nil
+	return files, bounded.ReadFile, nil
 }
+
+// reader reads a file of at most max bytes.
+type reader func(path string, max int64) ([]byte, error)
 
 // judge completes the verdict: the rows of this package, and the rule's.
 func (o *options) judge(e *evidence, a *appraisal.Appraisal, rule *release.Rule, now time.Time) *report {

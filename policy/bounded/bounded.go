@@ -38,15 +38,31 @@ var (
 // that grows or is replaced in place meanwhile is refused. A file that exceeds
 // max is ErrTooLarge, anything that is not a file ErrNotRegular.
 func ReadFile(path string, max int64) ([]byte, error) {
-	f, before, err := open(path, unix.O_NOFOLLOW)
-	if errors.Is(err, unix.ELOOP) {
-		return nil, fmt.Errorf("%s is a symbolic link: %w", path, ErrNotRegular)
-	}
+	f, before, err := openFile(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	return read(f, before, max)
+}
+
+// ReadSecret is ReadFile for a file that nobody but its owner may read;
+// otherwise the error is ErrReadable. What is judged is the file that is read.
+func ReadSecret(path string, max int64) ([]byte, error) {
+	f, before, err := openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readSecret(f, before, max)
+}
+
+func openFile(path string) (*os.File, fs.FileInfo, error) {
+	f, info, err := open(path, unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ELOOP) {
+		err = fmt.Errorf("%s is a symbolic link: %w", path, ErrNotRegular)
+	}
+	return f, info, err
 }
 
 // ReadNamed is ReadFile for a file that whoever runs the program names on its
@@ -62,17 +78,20 @@ func ReadNamed(path string, max int64) ([]byte, error) {
 	return read(f, before, max)
 }
 
-// ReadNamedSecret is ReadNamed for a file that nobody but its owner may read;
-// otherwise the error is ErrReadable. What is judged is the file that is read,
-// not a link to it.
+// ReadNamedSecret is ReadSecret for a file that the command line names, as
+// ReadNamed: what is judged is the file that is read, not a link to it.
 func ReadNamedSecret(path string, max int64) ([]byte, error) {
 	f, before, err := OpenNamed(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	return readSecret(f, before, max)
+}
+
+func readSecret(f *os.File, before fs.FileInfo, max int64) ([]byte, error) {
 	if before.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s has mode %s: %w", path, before.Mode(), ErrReadable)
+		return nil, fmt.Errorf("%s has mode %s: %w", f.Name(), before.Mode(), ErrReadable)
 	}
 	return read(f, before, max)
 }

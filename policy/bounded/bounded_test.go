@@ -206,6 +206,56 @@ func TestReadNamedFollowsLinksToRegularFilesAlone(t *testing.T) {
 	}
 }
 
+// Whoever owns the directory swaps the secret for a file that all may read, and
+// back: what is read is what was judged.
+func TestASecretIsJudgedWhereItIsRead(t *testing.T) {
+	dir := t.TempDir()
+	secret, open, link := filepath.Join(dir, "secret"), filepath.Join(dir, "open"), filepath.Join(dir, "link")
+	for name, mode := range map[string]os.FileMode{secret: 0o600, open: 0o644} {
+		if err := os.WriteFile(name, []byte(filepath.Base(name)), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("secret", link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSecret(open, 9); !errors.Is(err, ErrReadable) {
+		t.Errorf("a file that all may read: %v", err)
+	}
+	if _, err := ReadSecret(link, 9); !errors.Is(err, ErrNotRegular) {
+		t.Errorf("a link: %v", err)
+	}
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_ = unix.Renameat2(unix.AT_FDCWD, secret, unix.AT_FDCWD, open, unix.RENAME_EXCHANGE)
+			}
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
+	read, refused := 0, 0
+	for until := time.Now().Add(time.Minute); (read < 1000 || refused < 1000) && time.Now().Before(until); {
+		for _, from := range []func(string, int64) ([]byte, error){ReadSecret, ReadNamedSecret} {
+			switch data, err := from(secret, 9); {
+			case err == nil && string(data) == "secret":
+				read++
+			case errors.Is(err, ErrReadable):
+				refused++
+			default:
+				t.Fatalf("%q, %v", data, err)
+			}
+		}
+	}
+	if read == 0 || refused == 0 {
+		t.Errorf("read %d times, refused %d times, expected both", read, refused)
+	}
+}
+
 func TestReadAllStopsAtTheLimit(t *testing.T) {
 	r := strings.NewReader("0123456789")
 	if _, err := ReadAll(r, 4); !errors.Is(err, ErrTooLarge) {

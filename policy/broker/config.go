@@ -234,7 +234,7 @@ func (c *Config) certificate() (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, cause.New(cause.Config, "tls.certificate: %w", err)
 	}
-	key, err := kek.ReadSecret(c.TLS.Key, maxPEMFile)
+	key, err := bounded.ReadSecret(c.TLS.Key, maxPEMFile)
 	if err != nil {
 		return tls.Certificate{}, cause.New(cause.Config, "tls.key: %w", err)
 	}
@@ -243,7 +243,7 @@ func (c *Config) certificate() (tls.Certificate, error) {
 }
 
 func (c *Config) tokenKey() (*ecdsa.PrivateKey, error) {
-	b, err := kek.ReadSecret(c.TokenKey, maxPEMFile)
+	b, err := bounded.ReadSecret(c.TokenKey, maxPEMFile)
 	if err != nil {
 		return nil, cause.New(cause.Config, "tokenKey: %w", err)
 	}

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
 )
@@ -88,7 +89,7 @@ func Init(o InitOptions) error {
 		EKRoots:          o.EKRoots,
 	}
 	if o.DSNFile != "" {
-		dsn, err := kek.ReadSecret(o.DSNFile, maxDSN)
+		dsn, err := bounded.ReadSecret(o.DSNFile, maxDSN)
 		if err != nil {
 			return cause.Wrap(cause.Usage, err)
 		}

@@ -30,7 +30,7 @@ func join(o InitOptions) error {
 		if *p == "" {
 			return nil
 		}
-		b, err := kek.ReadSecret(*p, max)
+		b, err := bounded.ReadSecret(*p, max)
 		if err != nil {
 			return cause.Wrap(cause.Config, err)
 		}

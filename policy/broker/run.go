@@ -19,6 +19,7 @@ import (
 
 	"github.com/cc-runtime/cvm-agent/policy/appraisal"
 	"github.com/cc-runtime/cvm-agent/policy/appraisal/collateral"
+	"github.com/cc-runtime/cvm-agent/policy/bounded"
 	"github.com/cc-runtime/cvm-agent/policy/broker/audit"
 	"github.com/cc-runtime/cvm-agent/policy/broker/kek"
 	"github.com/cc-runtime/cvm-agent/policy/cause"
@@ -229,7 +230,7 @@ func (c *Config) store(ctx context.Context, k kek.Source) (*Store, error) {
 	if c.Postgres == nil {
 		return OpenStore(c.Storage, k)
 	}
-	dsn, err := kek.ReadSecret(c.Postgres.DSNFile, maxDSN)
+	dsn, err := bounded.ReadSecret(c.Postgres.DSNFile, maxDSN)
 	if err != nil {
 		return nil, cause.New(cause.Config, "postgres.dsnFile: %w", err)
 	}

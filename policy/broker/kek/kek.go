@@ -10,7 +10,6 @@ package kek
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -128,18 +127,5 @@ func secret(file, credential, credentials string, max int64) ([]byte, error) {
 		}
 		file = filepath.Join(credentials, credential)
 	}
-	return ReadSecret(file, max)
-}
-
-// ReadSecret reads a regular file of at most max bytes that nobody but its
-// owner may read.
-func ReadSecret(path string, max int64) ([]byte, error) {
-	st, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
-	}
-	if m := st.Mode(); !m.IsRegular() || m.Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s has mode %s: it must be a regular file that only its owner can read", path, m)
-	}
-	return bounded.ReadFile(path, max)
+	return bounded.ReadSecret(file, max)
 }

@@ -61,7 +61,7 @@ func TestRefused(t *testing.T) {
 		"a short file":            {Config{File: path("short")}, "5 bytes"},
 		"a long file":             {Config{File: path("long")}, "too large"},
 		"a file others can read":  {Config{File: path("open")}, "only its owner"},
-		"a link":                  {Config{File: path("link")}, "only its owner"},
+		"a link":                  {Config{File: path("link")}, "symbolic link"},
 		"a file that is not":      {Config{File: path("none")}, "no such file"},
 		"a credential with a way": {Config{Credential: "../good"}, "not a name"},
 		"a credential unset":      {Config{Credential: "none"}, "no such file"},
