@@ -357,6 +357,19 @@ func TestPodman(t *testing.T) {
 		}
 	})
 
+	t.Run("a first check that the deadline cuts off is said to be, and is no verdict", func(t *testing.T) {
+		c := container("cut", policy.Run{Entrypoint: serve(freePort(t)), HealthCheck: &policy.HealthCheck{Exec: []string{"/guest", "sleep"},
+			Timeout: policy.Duration(time.Minute), Deadline: policy.Duration(time.Second)}})
+		id, err := p.Start(ctx, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Remove(ctx, id)
+		if err := p.WaitHealthy(ctx, id, c, nil); cause.Of(err) != cause.WorkloadUnhealthy || !strings.Contains(err.Error(), "did not become healthy within 1s: the first check was cut off: ") {
+			t.Errorf("%v, expected workload-unhealthy and a check that was cut off", err)
+		}
+	})
+
 	t.Run("a program that cannot be started is an error of the start, and nothing is left", func(t *testing.T) {
 		_, err := p.Start(ctx, container("bad", policy.Run{Entrypoint: []string{"/missing"}}))
 		if cause.Of(err) != cause.WorkloadStart {
