@@ -60,6 +60,9 @@ func Init(o InitOptions) error {
 	if o.Join != "" {
 		return join(o)
 	}
+	if _, err := new(Config).roots("--ek-root", o.EKRoots); err != nil {
+		return err // what serve would refuse
+	}
 	files := map[string]file{}
 	key := make([]byte, kek.Size)
 	rand.Read(key)
