@@ -8,12 +8,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -354,6 +356,30 @@ func TestPodman(t *testing.T) {
 		}
 		if !slices.ContainsFunc(tries, func(try string) bool { return strings.HasSuffix(err.Error(), ": "+try) }) {
 			t.Errorf("%v names none of the tries %q", err, tries)
+		}
+	})
+
+	t.Run("a later check that the deadline cuts off hides no verdict of before", func(t *testing.T) {
+		var asked atomic.Int32
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if asked.Add(1) > 1 {
+				<-r.Context().Done()
+				return
+			}
+			w.WriteHeader(http.StatusTeapot)
+		}))
+		defer server.Close()
+		port := uint16(server.Listener.Addr().(*net.TCPAddr).Port)
+		c := container("hides", policy.Run{Entrypoint: serve(freePort(t)), HealthCheck: &policy.HealthCheck{HTTP: &policy.HTTPCheck{Port: port},
+			Timeout: policy.Duration(time.Minute), Deadline: policy.Duration(5 * time.Second)}})
+		id, err := p.Start(ctx, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Remove(ctx, id)
+		err = p.WaitHealthy(ctx, id, c, nil)
+		if cause.Of(err) != cause.WorkloadUnhealthy || !strings.HasSuffix(err.Error(), "within 5s: GET / answered 418, expected 200–399") || asked.Load() < 2 {
+			t.Errorf("%v after %d requests, expected the answer before the one that was cut off", err, asked.Load())
 		}
 	})
 
